@@ -1,0 +1,197 @@
+"""What steering adds to h, as pure functions: Steer(vector, strength, schedule, rows, mask, operator) -> delta(h).
+
+h: (B, C, H, W), the output of the UNet's mid block. Adding a vector: Haas et al. 2303.11073, Li et al. 2311.17216;
+taking the positive projection away, or acting only where the concept is present: CASteer 2503.09630.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .errors import ConceptSteerError, FamilyMismatch, SettingError
+from .family import check
+from .family import family as family_of
+from .schedule import Schedule, percent_of_timestep
+from .vector import ConceptVector
+
+Rows = Literal["cond", "uncond", "both"]
+Operator = Literal["add", "remove", "gated"]
+
+
+@dataclass(frozen=True, eq=False)
+class Steer:
+    """One vector at work. Immutable, so it may be shared between threads, branches of a graph and copies of a model.
+
+    rows: which part of the CFG batch. mask: (H, W) or (1, H, W), 0..1, any size. threshold: for "gated", in units of h.
+    Errors: SettingError for a value out of range.
+    """
+
+    vector: ConceptVector
+    strength: float = 1.0
+    schedule: Schedule = field(default_factory=Schedule)
+    rows: Rows = "cond"
+    mask: Tensor | None = None
+    operator: Operator = "add"
+    threshold: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, value in (("strength", self.strength), ("threshold", self.threshold)):
+            if not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise SettingError(f"The {name} of {self.vector.name!r} is {value!r}; it must be a finite number.")
+        for name, choice, known in (("rows", self.rows, Rows), ("operator", self.operator, Operator)):
+            if choice not in get_args(known):
+                raise SettingError(
+                    f"The {name} of {self.vector.name!r} is {choice!r}; known are {', '.join(get_args(known))}."
+                )
+        mask = None if self.mask is None else _checked_mask(self.mask, self.vector.name)
+        object.__setattr__(self, "mask", mask)
+        object.__setattr__(self, "_masks", {})
+
+    def __copy__(self) -> Steer:
+        return self
+
+    def __deepcopy__(self, memo: Any) -> Steer:
+        return self  # immutable; ComfyUI deep-copies everything that hangs on a model
+
+    def gain(self, timestep: float) -> float:
+        """strength * ramp at a training timestep (0..999); exactly 0.0 when nothing is to be added."""
+        return self.strength * self.schedule.weight(percent_of_timestep(timestep))
+
+    def mask_for(self, h: Tensor) -> Tensor | None:
+        """(1, 1, H, W), fp32, at the size of h and on its device; kept with the steer."""
+        if self.mask is None:
+            return None
+        key = (tuple(h.shape[-2:]), h.device)
+        masks: dict[Any, Tensor] = self.__dict__["_masks"]
+        if key not in masks:
+            with torch.inference_mode(False):  # kept for later, perhaps for learning
+                # antialias: from 512 pixels down to 8, plain bilinear reads so few that a small region may vanish
+                resized = F.interpolate(
+                    self.mask[None], h.shape[-2:], mode="bilinear", align_corners=False, antialias=True
+                )
+                masks[key] = resized.clamp(0, 1).to(h.device)
+        return masks[key]
+
+    @cached_property
+    def order(self) -> tuple[Any, ...]:
+        """A key that depends on the content only: sums are taken in this order."""
+        s = self.schedule
+        digest = "" if self.mask is None else hashlib.sha256(self.mask.numpy().tobytes()).hexdigest()
+        start_end = (s.start, s.end, s.fade)
+        return (self.vector.fingerprint, self.strength, self.rows, self.operator, *start_end, self.threshold, digest)
+
+
+def delta(h: Tensor, steer: Steer, timestep: float) -> Tensor | None:
+    """What one steer adds to h (B, C, H, W; any float dtype): fp32, broadcastable to h; None when it adds nothing.
+
+    `timestep`: the model's training timestep, 999 (noise) .. 0 (picture). Rows are not looked at here, see `apply`.
+    With c the vector and v its unit vector, both per position:
+    add: strength * ramp * c * mask; remove: -strength * ramp * max(<h, v>, 0) * v * mask;
+    gated: as add, where <h, v> > threshold. Errors: FamilyMismatch when h has other channels than the vector.
+    """
+    if h.ndim != 4 or not h.is_floating_point():
+        raise ConceptSteerError(f"h must be a (B, C, H, W) tensor of floats, not {tuple(h.shape)} of {h.dtype}.")
+    if h.shape[1] != steer.vector.channels:
+        raise FamilyMismatch(
+            f"{steer.vector.name!r} has {steer.vector.channels} channels (made for "
+            f"{family_of(steer.vector.family).title}), but the steered block has "
+            f"{h.shape[1]}: load the model it was made for, or choose another vector."
+        )
+    gain = steer.gain(timestep)
+    if gain == 0.0:
+        return None
+    c = _sized(steer.vector.at(timestep, h.device), h)
+    if steer.operator == "add":
+        result = c * gain
+    else:
+        v = F.normalize(c, dim=1)
+        presence = (h.float() * v).sum(dim=1, keepdim=True)  # (B, 1, H, W)
+        if steer.operator == "remove":
+            result = presence.clamp_min(0) * v * -gain
+        else:
+            result = c * gain * (presence > steer.threshold)
+    mask = steer.mask_for(h)
+    return result if mask is None else result * mask
+
+
+def total(h: Tensor, steers: Sequence[Steer], timestep: float) -> Tensor | None:
+    """The sum of all deltas, fp32, broadcastable to h, or None. The order of `steers` never changes a bit."""
+    result: Tensor | None = None
+    for steer in _ordered(steers):
+        part = delta(h, steer, timestep)
+        if part is not None:
+            result = part if result is None else result + part
+    return result
+
+
+def apply(h: Tensor, steers: Sequence[Steer], timestep: float, is_cond: Sequence[bool] | Tensor) -> Tensor:
+    """h (B, C, H, W) steered: a new tensor of the same dtype, or the very same `h` when nothing acts.
+
+    `is_cond`: for each of the B rows, whether it belongs to the prompt (cond) or to the negative prompt (uncond).
+    Rows that no steer addresses keep their bits. Differentiable with respect to h.
+    """
+    flags = [bool(x) for x in (is_cond.tolist() if isinstance(is_cond, Tensor) else is_cond)]
+    if len(flags) != h.shape[0]:
+        raise ConceptSteerError(
+            f"h has {h.shape[0]} rows, but {len(flags)} were named cond or uncond: the batch layout is not understood."
+        )
+    result = h
+    for kind, wanted in (("cond", True), ("uncond", False)):
+        if wanted not in flags:
+            continue
+        added = total(h, [s for s in steers if s.rows in (kind, "both")], timestep)
+        if added is None:
+            continue
+        # summed in at least fp32 and rounded once, so that half precision hosts lose as little as possible
+        wide = torch.promote_types(h.dtype, torch.float32)
+        steered = (h.to(wide) + added.to(wide)).to(h.dtype)
+        if flags.count(wanted) == len(flags):
+            return steered
+        chosen = torch.tensor([flag == wanted for flag in flags], device=h.device).view(-1, 1, 1, 1)
+        result = torch.where(chosen, steered, result)
+    return result
+
+
+def check_steers(steers: Sequence[Steer], family: str, channels: int) -> None:
+    """Errors: FamilyMismatch when a vector was not made for a model of this family and mid-block width."""
+    for steer in steers:
+        source = f"The vector {steer.vector.name!r}"
+        check(steer.vector.family, steer.vector.channels, family, channels, source=source)
+
+
+def _ordered(steers: Sequence[Steer]) -> list[Steer]:
+    return list(steers) if len(steers) < 2 else sorted(steers, key=lambda s: s.order)
+
+
+def _sized(c: Tensor, h: Tensor) -> Tensor:
+    """(C,) as (1, C, 1, 1); (C, H, W) as (1, C, H, W) at the size of h, bilinear."""
+    if c.ndim == 1:
+        return c.view(1, -1, 1, 1)
+    if c.shape[-2:] == h.shape[-2:]:
+        return c[None]
+    return F.interpolate(c[None], h.shape[-2:], mode="bilinear", align_corners=False)
+
+
+def _checked_mask(mask: Tensor, name: str) -> Tensor:
+    if (
+        not isinstance(mask, Tensor)
+        or mask.ndim not in (2, 3)
+        or (mask.ndim == 3 and mask.shape[0] != 1)
+        or mask.numel() == 0
+    ):
+        shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise SettingError(f"The mask of {name!r} is {shape}; it must be one picture, (H, W) or (1, H, W).")
+    with torch.inference_mode(False):
+        mask = mask.detach().clone().to("cpu", torch.float32).contiguous()
+    if not bool(((mask >= 0) & (mask <= 1)).all()):  # also false for NaN
+        raise SettingError(f"The mask of {name!r} must hold values from 0 (no effect) to 1 (full effect) only.")
+    return mask if mask.ndim == 3 else mask[None]
