@@ -46,7 +46,7 @@ FAMILIES = MappingProxyType(
             Family(
                 "demo",
                 "the embedded demo model",
-                224,
+                192,
                 128,
                 "concept-steer-demo/concept-vector",
                 "concept_steer_demo",
