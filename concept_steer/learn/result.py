@@ -1,0 +1,128 @@
+"""What learning hands back, and the small pieces that all ways of learning share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..denoiser import Conditioning, Denoiser
+from ..errors import LearnError
+from ..vector import ConceptVector
+
+Pairs = Sequence[tuple[str, str]]  # (neutral, positive) prompts
+
+
+@dataclass
+class LearnResult:
+    """A learned vector and how it went.
+
+    losses: the training loss per step (score); held_out: the held-out loss at each check, the first at the start.
+    separation: how often <h, v> is larger under the positive prompt than under the neutral one on held-out seeds
+    (area under the ROC curve: .5 is chance, 1 perfect). explained: 1 - held-out loss, the share of the positive
+    prompt's own effect on the prediction that the vector reproduces. unet_rows: forward cost in rows of the whole UNet.
+    """
+
+    vector: ConceptVector
+    method: str
+    losses: list[float]
+    separation: float | None
+    explained: float | None
+    unet_rows: float
+    backward_rows: int
+    seconds: float
+    stopped: str
+    held_out: list[float] = field(default_factory=list)
+
+    def summary(self) -> str:
+        """Two or three lines in plain words."""
+        lines = [f"{self.vector.title or 'vector'}: learned by {self.method}, {self.stopped}."]
+        if self.explained is not None:
+            lines.append(f"It reproduces {self.explained:.0%} of the prompt's own effect on unseen seeds.")
+        if self.separation is not None:
+            lines.append(f"It tells the two prompts apart in {self.separation:.0%} of cases (50% is chance).")
+        cost = f"{self.unet_rows:.0f} UNet rows forward, {self.backward_rows} backward through the decoder half"
+        lines.append(f"Cost: {self.seconds:.1f} s, {cost}.")
+        return "\n".join(lines)
+
+    def report(self) -> dict[str, Any]:
+        """All but the tensor, ready for JSON."""
+        return {
+            "title": self.vector.title,
+            "family": self.vector.family,
+            "fingerprint": self.vector.fingerprint,
+            "norm": self.vector.norm,
+            "shape": list(self.vector.tensor.shape),
+            "method": self.method,
+            "losses": self.losses,
+            "held_out": self.held_out,
+            "separation": self.separation,
+            "explained": self.explained,
+            "unet_rows": self.unet_rows,
+            "backward_rows": self.backward_rows,
+            "seconds": self.seconds,
+            "stopped": self.stopped,
+        }
+
+
+def checked_pairs(pairs: Pairs) -> list[tuple[str, str]]:
+    """The pairs as a list; LearnError when there is none, or one whose prompts are equal."""
+    result = [(str(neutral), str(positive)) for neutral, positive in pairs]
+    if not result:
+        raise LearnError("Learning needs at least one pair of prompts, e.g. ('a person', 'a woman').")
+    for neutral, positive in result:
+        if neutral == positive:
+            raise LearnError(
+                f"Both prompts of a pair are {neutral!r}: there is nothing to learn between them. "
+                "Give a neutral prompt and one that asks for the concept."
+            )
+    return result
+
+
+def encode(denoiser: Denoiser, prompts: Sequence[str]) -> dict[str, Conditioning]:
+    """Each different prompt as one row that autograd may keep, even when the caller is in torch.inference_mode."""
+    different = list(dict.fromkeys(prompts))
+    with torch.no_grad():
+        cond = denoiser.encode_text(different).plain()
+    return {prompt: cond[i : i + 1] for i, prompt in enumerate(different)}
+
+
+def rows(encoded: dict[str, Conditioning], prompts: Sequence[str]) -> Conditioning:
+    return Conditioning.cat([encoded[prompt] for prompt in prompts])
+
+
+def projection(h: Tensor, direction: Tensor) -> Tensor:
+    """<h, v> averaged over positions, fp32 (B,). h (B, C, H, W); direction (C,) or (C, H, W)."""
+    v = direction.view(-1, 1, 1) if direction.ndim == 1 else direction
+    return (h.float() * v.to(h.device)).sum(1).mean((1, 2))
+
+
+def auc(positive: Tensor, neutral: Tensor) -> float:
+    """How often a value of `positive` lies above one of `neutral` (ties count half): the area under the ROC curve."""
+    difference = positive[:, None] - neutral[None, :]
+    return float(((difference > 0).double() + 0.5 * (difference == 0).double()).mean())
+
+
+def rms(h: Tensor) -> float:
+    return float(h.float().square().mean().sqrt())
+
+
+def finished_vector(
+    denoiser: Denoiser, tensor: Tensor, pairs: list[tuple[str, str]], title: str, **info: Any
+) -> ConceptVector:
+    """The vector with its metadata; LearnError when nothing was learned (zero) or a value is not finite."""
+    if not bool(torch.isfinite(tensor).all()):
+        raise LearnError("The vector holds values that are not finite: the model gives NaN. Try dtype float32.")
+    if not bool(tensor.any()):
+        raise LearnError(
+            f"Nothing was learned: no vector tried came nearer to {pairs[0][1]!r} than no vector at all. Check that "
+            "the two prompts change this model's pictures, or give more steps and trajectories."
+        )
+    texts = {key: f"{value:.6g}" if isinstance(value, float) else str(value) for key, value in info.items()}
+    texts["prompt_neutral"] = " | ".join(dict.fromkeys(neutral for neutral, _ in pairs))
+    texts["prompt_positive"] = " | ".join(dict.fromkeys(positive for _, positive in pairs))
+    texts["checkpoint_hash"] = denoiser.checkpoint_hash
+    return ConceptVector(tensor, denoiser.family, title=title or pairs[0][1], info=texts)
