@@ -1,0 +1,324 @@
+"""Build the captioned pictures the embedded model learns from: `python -m concept_steer.demo.build_data --out DIR`.
+
+Seeded: the same arguments give the same pictures, captions and labels. Writes `pictures.npy` (N, 128, 128, 3) uint8,
+`captions.json` (two captions a picture), `labels.npz` (what each picture shows) and `data_card.json` (counts).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from . import art, world
+
+SIZE = 128
+FIT = 118  # a single subject's longer side, px
+HALF = 66  # with two things in the picture
+WATERMARKS = ("STOCK", "SAMPLE", "DEMO", "PREVIEW")
+WORDS = ("HELLO", "SALE", "NEWS", "OPEN", "STOP", "2024")
+LABELS = ("kind", "role", "gender", "tone", "expression", "face", "item", "set", "watermark", "qr", "text", "neutral")
+KINDS = ("person", "face", "object", "inappropriate", "pair", "scene")
+KIND_WEIGHTS = (0.62, 0.09, 0.11, 0.06, 0.05, 0.07)
+ITEMS = (*world.OBJECTS, *world.INAPPROPRIATE_CODE)
+EXPRESSIONS = ("smiling", *world.FACES)  # "smiling": how the sets draw people unless the role says otherwise
+FACE_CODES = tuple(code for codes in world.FACES.values() for code in codes)
+SETS = tuple(art.PACKAGES)
+NO_FACE = {
+    "person covering the face",
+    "person getting a massage",
+    "detective",
+    "factory worker",
+    "villain",
+    "scientist",
+}
+
+
+def article(noun: str) -> str:
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
+def fit(picture: np.ndarray, size: int) -> np.ndarray:
+    """Crop to what is not transparent and scale the longer side to `size`; (h, w, 4) uint8."""
+    ys, xs = np.nonzero(picture[..., 3] > 8)
+    cropped = Image.fromarray(picture[ys.min() : ys.max() + 1, xs.min() : xs.max() + 1])
+    scale = size / max(cropped.size)
+    shape = (max(1, round(cropped.width * scale)), max(1, round(cropped.height * scale)))
+    return np.asarray(cropped.resize(shape, Image.Resampling.LANCZOS))
+
+
+def nurse_cap(picture: np.ndarray) -> np.ndarray:
+    """Draw a white cap with a red cross on top of a fitted doctor: the sets share one picture for both."""
+    image = Image.fromarray(picture).copy()
+    draw = ImageDraw.Draw(image)
+    middle, width, height = image.width // 2, round(0.42 * image.width), round(0.17 * image.height)
+    draw.polygon(
+        [
+            (middle - width // 2 - 4, 2), (middle + width // 2 + 4, 2),
+            (middle + width // 2 - 2, height + 4), (middle - width // 2 + 2, height + 4),
+        ],
+        fill=(255, 255, 255, 255), outline=(150, 150, 160, 255), width=2,
+    )  # fmt: skip
+    arm = max(2, height // 6)
+    center = height // 2 + 3
+    draw.rectangle([middle - arm, center - 3 * arm, middle + arm, center + 3 * arm], fill=(225, 30, 45, 255))
+    draw.rectangle([middle - 3 * arm, center - arm, middle + 3 * arm, center + arm], fill=(225, 30, 45, 255))
+    return np.asarray(image)
+
+
+class Gallery:
+    """Every picture the world needs, drawn once and fitted."""
+
+    def __init__(self, sets: dict[str, art.ArtSet]) -> None:
+        self._sets = sets
+        self._cache: dict[tuple[str, str, bool], np.ndarray] = {}
+
+    def get(self, set_name: str, code: str, cap: bool = False) -> np.ndarray:
+        key = (set_name, code, cap)
+        if key not in self._cache:
+            drawn = self._sets[set_name].draw(code, 2 * SIZE)
+            if drawn is None:
+                raise KeyError(f"{set_name} has no picture for {code}")
+            fitted = fit(drawn, FIT)
+            self._cache[key] = nurse_cap(fitted) if cap else fitted
+        return self._cache[key]
+
+    def person(self, set_name: str, role: world.Role, gender: str, tone: str) -> np.ndarray:
+        return self.get(set_name, role.code_point(gender, tone), role.cap)
+
+
+def paste(canvas: np.ndarray, picture: np.ndarray, center_x: int, center_y: int) -> None:
+    """Alpha-composite `picture` onto `canvas` (H, W, 3) in place, clipped at the edges."""
+    height, width = picture.shape[:2]
+    top, left = center_y - height // 2, center_x - width // 2
+    y0, x0, y1, x1 = max(top, 0), max(left, 0), min(top + height, SIZE), min(left + width, SIZE)
+    part = picture[y0 - top : y1 - top, x0 - left : x1 - left].astype(np.float32)
+    alpha = part[..., 3:] / 255
+    canvas[y0:y1, x0:x1] = (canvas[y0:y1, x0:x1] * (1 - alpha) + part[..., :3] * alpha + 0.5).astype(np.uint8)
+
+
+def person_noun(role: str, gender: str | None, rng: np.random.Generator) -> str:
+    if gender is None:
+        return role
+    if "person" in role:
+        return role.replace("person", gender)
+    return f"{'female' if gender == 'woman' else 'male'} {role}" if rng.random() < 0.2 else f"{gender} {role}"
+
+
+def person_caption(
+    role: str, gender: str | None, tone: str | None, rng: np.random.Generator, success: bool = False
+) -> str:
+    noun = person_noun(role, gender, rng)
+    text = article(f"successful {noun}" if success else noun)
+    return f"{text} with {tone} skin" if tone else text
+
+
+def watermark(canvas: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, int]:
+    """A translucent dark bar with a white word, at one of three heights; returns picture and word index."""
+    word = int(rng.integers(len(WATERMARKS)))
+    layer = Image.new("RGBA", (SIZE, SIZE))
+    draw = ImageDraw.Draw(layer)
+    y = int(rng.choice([8, 53, 98])) + int(rng.integers(-4, 5))
+    x = 64 + int(rng.integers(-6, 7))
+    draw.rectangle([x - 54, y, x + 54, y + 22], fill=(40, 40, 48, 165))
+    font = ImageFont.load_default(20)
+    draw.text((x, y + 11), WATERMARKS[word], font=font, fill=(255, 255, 255, 245), anchor="mm")
+    return np.asarray(Image.alpha_composite(Image.fromarray(canvas).convert("RGBA"), layer).convert("RGB")), word
+
+
+def qr_code(canvas: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A QR-like code (15 by 15 modules of 3 px with finder squares) in one of the lower corners or upper corners."""
+    n, px = 15, 3
+    modules = rng.random((n, n)) < 0.5
+    for y, x in ((0, 0), (0, n - 5), (n - 5, 0)):
+        modules[y : y + 5, x : x + 5] = True
+        modules[y + 1 : y + 4, x + 1 : x + 4] = False
+        modules[y + 2, x + 2] = True
+    code = np.kron(np.where(modules, 0, 255).astype(np.uint8), np.ones((px, px), np.uint8))
+    code = np.pad(code, 3, constant_values=255)
+    side = code.shape[0]
+    top, left = (int(rng.choice([2, SIZE - side - 2])) for _ in range(2))
+    canvas = canvas.copy()
+    canvas[top : top + side, left : left + side] = code[..., None]
+    return canvas
+
+
+def lettering(canvas: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A printed word on a yellow label at the top or the bottom."""
+    image = Image.fromarray(canvas)
+    draw = ImageDraw.Draw(image)
+    y = int(rng.choice([4, SIZE - 28]))
+    draw.rectangle([24, y, 104, y + 24], fill=(255, 240, 120), outline=(0, 0, 0), width=2)
+    draw.text((64, y + 12), str(rng.choice(WORDS)), font=ImageFont.load_default(20), fill=(0, 0, 0), anchor="mm")
+    return np.asarray(image)
+
+
+class Builder:
+    """Draws one picture at a time: what it shows, its captions and its labels."""
+
+    def __init__(self, gallery: Gallery, rng: np.random.Generator) -> None:
+        self.gallery, self.rng = gallery, rng
+
+    def _person(self) -> tuple[world.Role, str, str, list[str], int]:
+        """A role with gender and tone, two captions for it, and whether the caption named only the role."""
+        rng = self.rng
+        role = world.ROLES[rng.integers(len(world.ROLES))]
+        say_gender, say_tone = ((True, True), (True, False), (False, True), (False, False))[
+            rng.choice(4, p=(0.36, 0.20, 0.10, 0.34))
+        ]
+        success = not say_gender and rng.random() < 0.08
+        men = 0.5 if say_gender else (world.SUCCESS_MEN if success else role.men)
+        gender = "man" if rng.random() < men else "woman"
+        tones = world.TONE_SKEW["even" if say_tone else role.skew]
+        tone = world.TONES[rng.choice(5, p=tones)]
+        captions = [
+            person_caption(role.name, gender if say_gender else None, tone if say_tone else None, rng, success)
+            for _ in range(2)
+        ]
+        return role, gender, tone, captions, int(not say_gender and not say_tone)
+
+    def _dress(self, caption: str, background: str, style: str) -> str:
+        """Put a caption into a template and name background or style now and then."""
+        rng = self.rng
+        if rng.random() < 0.3:
+            caption = world.TEMPLATES[rng.integers(len(world.TEMPLATES))].format(caption)
+        if rng.random() < 0.2:
+            caption += f" on a {background} background"
+        if rng.random() < 0.2:
+            caption += f", {style}"
+        return caption
+
+    def draw(self) -> tuple[np.ndarray, list[str], dict[str, int]]:
+        rng = self.rng
+        label = dict.fromkeys(LABELS, -1)
+        background = rng.choice(list(world.BACKGROUNDS), p=world.BACKGROUND_WEIGHTS)
+        color = np.clip(np.array(world.BACKGROUNDS[background]) + rng.integers(-4, 5), 0, 255).astype(np.uint8)
+        canvas = np.broadcast_to(color, (SIZE, SIZE, 3)).copy()
+        set_index = int(rng.integers(len(SETS)))
+        set_name = SETS[set_index]
+        kind = KINDS[rng.choice(len(KINDS), p=KIND_WEIGHTS)]
+        label.update(kind=KINDS.index(kind), set=set_index, watermark=-1, qr=0, text=0)
+        first, second = self._subject(kind, set_name, label)
+        captions = [self._dress(caption, background, world.STYLES[set_name]) for caption in self._captions]
+        dx, dy = (int(v) for v in rng.integers(-3, 4, 2))
+        if second is None:
+            paste(canvas, first, 64 + dx, 64 + dy)
+        else:
+            paste(canvas, fit(first, HALF), 34 + dx, 66 + dy)
+            paste(canvas, fit(second, HALF - 8), 95 + dx, 64 + dy)
+        if rng.random() < world.IMPLICIT_SHARE["watermark"]:
+            canvas, label["watermark"] = watermark(canvas, rng)
+        if rng.random() < world.IMPLICIT_SHARE["qr"]:
+            canvas, label["qr"] = qr_code(canvas, rng), 1
+        if rng.random() < world.IMPLICIT_SHARE["text"]:
+            canvas, label["text"] = lettering(canvas, rng), 1
+        return canvas, captions, label
+
+    def _subject(self, kind: str, set_name: str, label: dict[str, int]) -> tuple[np.ndarray, np.ndarray | None]:
+        """The one or two things of a picture; sets their captions and labels."""
+        rng = self.rng
+        if kind == "person":
+            role, gender, tone, self._captions, label["neutral"] = self._person()
+            self._label_person(label, role, gender, tone)
+            return self.gallery.person(set_name, role, gender, tone), None
+        if kind == "face":
+            name = list(world.FACES)[rng.integers(len(world.FACES))]
+            label["expression"] = EXPRESSIONS.index(name)
+            self._captions = [article(f"{name} face")] * 2
+            code = str(rng.choice(world.FACES[name]))
+            label["face"] = FACE_CODES.index(code)
+            return self.gallery.get(set_name, code), None
+        if kind == "object":
+            name = str(rng.choice(list(world.OBJECTS)))
+            label["item"] = ITEMS.index(name)
+            self._captions = [article(name)] * 2
+            return self.gallery.get(set_name, world.OBJECTS[name]), None
+        if kind == "inappropriate":
+            name = str(rng.choice(list(world.INAPPROPRIATE_CODE)))
+            label["item"] = ITEMS.index(name)
+            phrases = world.CATEGORY_CAPTIONS[world.CATEGORY[name]]
+            self._captions = [article(name), str(rng.choice(phrases))]
+            return self.gallery.get(set_name, world.INAPPROPRIATE_CODE[name]), None
+        if kind == "pair":
+            role, gender, tone, captions, _ = self._person()
+            pool = list(world.INAPPROPRIATE_CODE) if rng.random() < 0.5 else list(world.OBJECTS)
+            name = str(rng.choice(pool))
+            self._captions = [f"{caption} and {article(name)}" for caption in captions]
+            label["item"] = ITEMS.index(name)
+            self._label_person(label, role, gender, tone)
+            return self.gallery.person(set_name, role, gender, tone), self._item(set_name, name)
+        scene = str(rng.choice(list(world.SCENES)))
+        share, bad, good = world.SCENES[scene]
+        name = str(rng.choice(bad if rng.random() < share else good))
+        label["item"] = ITEMS.index(name)
+        self._captions = [scene] * 2
+        item = self._item(set_name, name)
+        if rng.random() < 0.5:
+            return item, None
+        role = world.ROLE["person"]
+        gender, tone = str(rng.choice(world.GENDERS)), str(rng.choice(world.TONES))
+        self._label_person(label, role, gender, tone)
+        return self.gallery.person(set_name, role, gender, tone), item
+
+    def _item(self, set_name: str, name: str) -> np.ndarray:
+        return self.gallery.get(set_name, {**world.OBJECTS, **world.INAPPROPRIATE_CODE}[name])
+
+    @staticmethod
+    def _label_person(label: dict[str, int], role: world.Role, gender: str, tone: str) -> None:
+        label.update(
+            role=world.ROLE_NAMES.index(role.name),
+            gender=world.GENDERS.index(gender),
+            tone=world.TONES.index(tone),
+            expression=-1
+            if role.name in NO_FACE
+            else EXPRESSIONS.index(world.ROLE_EXPRESSION.get(role.name, "smiling")),
+        )
+
+
+def build(out: Path, count: int, seed: int, packages: Path) -> None:
+    from tqdm import tqdm
+
+    rng = np.random.default_rng(seed)
+    builder = Builder(Gallery(art.load(packages)), rng)
+    out.mkdir(parents=True, exist_ok=True)
+    pictures = np.lib.format.open_memmap(out / "pictures.npy", "w+", np.uint8, (count, SIZE, SIZE, 3))
+    captions, labels = [], []
+    for i in tqdm(range(count), desc="drawing"):
+        pictures[i], texts, label = builder.draw()
+        captions.append(texts)
+        labels.append([label[name] for name in LABELS])
+    pictures.flush()
+    table = np.array(labels, np.int16)
+    np.savez(out / "labels.npz", **{name: table[:, i] for i, name in enumerate(LABELS)})
+    (out / "captions.json").write_text(json.dumps(captions))
+    card = {
+        "pictures": count,
+        "seed": seed,
+        "captions": len({text for texts in captions for text in texts}),
+        "kinds": {KINDS[k]: n for k, n in sorted(Counter(table[:, 0].tolist()).items())},
+        "sets": {SETS[k]: n for k, n in sorted(Counter(table[:, LABELS.index("set")].tolist()).items())},
+        "watermark": int((table[:, LABELS.index("watermark")] >= 0).sum()),
+        "qr": int(table[:, LABELS.index("qr")].sum()),
+        "text": int(table[:, LABELS.index("text")].sum()),
+        "sources": {name: list(package) for name, package in art.PACKAGES.items()},
+    }
+    (out / "data_card.json").write_text(json.dumps(card, indent=1))
+    print(json.dumps(card, indent=1))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--count", type=int, default=30000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--packages", type=Path, help="where the npm tarballs are kept (default: OUT/packages)")
+    args = parser.parse_args()
+    build(args.out, args.count, args.seed, args.packages or args.out / "packages")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,197 @@
+"""Train the judges on the real art: `python -m concept_steer.demo.train_judges --data DIR --work DIR --out FILE`.
+
+Held out: whole roles for gender and skin tone (`world.HELD_OUT_ROLES`), one emoji set per inappropriate item, one
+watermark word, and one of ten combinations of role, gender and tone for roles, one drawing per expression and set.
+With `WORK/vae.pt` a part of the pictures is seen through the VAE, as generated pictures will be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import build_data, judges, world
+from .fast_norm import speed_up
+
+SEEN_THROUGH_VAE = 2500
+
+
+def targets(labels: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Class index per head; -1 where a head has nothing to say about a picture."""
+    first_bad = len(world.OBJECTS)
+    categories = np.array([judges.CATEGORIES.index(world.CATEGORY[i]) for i in world.INAPPROPRIATE_CODE])
+    item = labels["item"]
+    bad = np.where(item >= first_bad, categories[np.maximum(item - first_bad, 0)], 0)
+    role = np.where(labels["role"] >= 0, labels["role"], len(world.ROLES))
+    return {
+        "gender": labels["gender"],
+        "tone": labels["tone"],
+        "role": role,
+        "expression": labels["expression"],
+        "inappropriate": bad,
+        "watermark": (labels["watermark"] >= 0).astype(int),
+        "qr": labels["qr"],
+        "text": labels["text"],
+    }
+
+
+def held_out(labels: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Per net, the pictures (bool) whose art it never sees in training."""
+    roles = [world.ROLE_NAMES.index(name) for name in world.HELD_OUT_ROLES]
+    person = labels["role"] >= 0
+    combination = labels["role"] * 10 + labels["gender"] * 5 + labels["tone"]
+    drawing = labels["face"] * 3 + labels["set"]
+    item = labels["item"]
+    first_bad = len(world.OBJECTS)
+    return {
+        "people": np.isin(labels["role"], roles),
+        "subject": (person & (combination * 7 % 10 == 3)) | ((labels["face"] >= 0) & (drawing % 9 == 4)),
+        "flags": ((item >= first_bad) & (item % 3 == labels["set"])) | (labels["watermark"] == 3),
+    }
+
+
+def shrink(pictures: np.ndarray) -> Tensor:
+    """(N, 128, 128, 3) uint8 to (N, 3, 64, 64) uint8, by area."""
+    parts = []
+    for chunk in np.array_split(pictures, max(1, len(pictures) // 256)):
+        x = torch.from_numpy(np.ascontiguousarray(chunk)).permute(0, 3, 1, 2).float()
+        parts.append(F.interpolate(x, (judges.SIZE, judges.SIZE), mode="area").round().byte())
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def through_vae(pictures: np.ndarray, work: Path) -> Tensor:
+    """The pictures encoded and decoded, shrunk as by `shrink`."""
+    from . import architecture, train
+
+    vae = architecture.make_vae().eval().to(memory_format=torch.channels_last)
+    vae.load_state_dict(torch.load(work / "vae.pt", weights_only=True)["ema"])
+    parts = []
+    for chunk in np.array_split(pictures, max(1, len(pictures) // 32)):
+        with torch.autocast("cpu", torch.bfloat16):
+            latents = vae.encode(train.to_tensor(chunk).contiguous(memory_format=torch.channels_last)).latent_dist.mean
+            y = vae.decode(latents).sample
+        parts.append(((judges.view(y) + 1) * 127.5).round().byte())
+    return torch.cat(parts)
+
+
+def augment(x: Tensor, generator: torch.Generator) -> Tensor:
+    """uint8 to [-1, 1] with a small shift, blur of half the pictures, contrast, colour cast and noise."""
+    x = x.float().div_(127.5).sub_(1)
+    count = len(x)
+    dy, dx = torch.randint(-3, 4, (2,), generator=generator).tolist()
+    x = torch.roll(x, (dy, dx), (2, 3))
+    soft = F.interpolate(F.avg_pool2d(x, 2), scale_factor=2, mode="bilinear", align_corners=False)
+    amount = (torch.rand(count, 1, 1, 1, generator=generator) * 1.6 - 0.6).clamp_min(0)
+    x = x + amount * (soft - x)
+    x = x * (1 + 0.1 * torch.randn(count, 1, 1, 1, generator=generator))
+    x = x + 0.05 * torch.randn(count, 3, 1, 1, generator=generator)
+    return (x + 0.05 * torch.randn(x.shape, generator=generator)).clamp(-1, 1)
+
+
+def train_net(name: str, pictures: Tensor, wanted: dict[str, Tensor], steps: int, seed: int, batch: int = 64):
+    """One judge on `pictures` (N, 3, 64, 64) uint8; prints as it goes."""
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    net = speed_up(judges.make(name).to(memory_format=torch.channels_last)).train()
+    optimizer = torch.optim.AdamW(net.parameters(), 2e-3, weight_decay=0.02)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
+    for step in range(steps):
+        picked = torch.randint(len(pictures), (batch,), generator=generator)
+        x = augment(pictures[picked], generator).contiguous(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = net(x)
+        losses = []
+        for head in judges.HEADS[name]:
+            target = wanted[head][picked]
+            if (target >= 0).any():
+                losses.append(F.cross_entropy(logits[head].float(), target, ignore_index=-1, label_smoothing=0.02))
+        loss = torch.stack(losses).sum()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if (step + 1) % 250 == 0:
+            print(f"{name} {step + 1}/{steps} loss {loss.item():.3f}", flush=True)
+    return net.eval()
+
+
+@torch.no_grad()
+def accuracy(net, pictures: Tensor, wanted: dict[str, Tensor], heads: tuple[str, ...]) -> dict[str, float]:
+    """Share of right answers per head, over the pictures that have one."""
+    logits = [net(chunk.float() / 127.5 - 1) for chunk in pictures.split(256)]
+    out: dict[str, float] = {}
+    for head in heads:
+        guess, target = torch.cat([part[head] for part in logits]).argmax(1), wanted[head]
+        known = target >= 0
+        if known.any():
+            out[head] = round((guess == target)[known].float().mean().item(), 4)
+            out[f"{head}_n"] = int(known.sum())
+            if head == "tone":
+                out["tone_within_one"] = round(((guess - target).abs() <= 1)[known].float().mean().item(), 4)
+            if head in ("watermark", "inappropriate") and (target > 0).any():
+                out[f"{head}_recall"] = round((guess > 0)[target > 0].float().mean().item(), 4)
+                out[f"{head}_false_alarms"] = round((guess > 0)[target == 0].float().mean().item(), 4)
+    return out
+
+
+def main() -> None:
+    from safetensors.torch import save_file
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=judges.JUDGES_FILE)
+    parser.add_argument("--steps", type=int, default=1800)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    labels = dict(np.load(args.data / "labels.npz"))
+    stored = np.load(args.data / "pictures.npy", mmap_mode="r")
+    wanted = {head: torch.from_numpy(values.astype(np.int64)) for head, values in targets(labels).items()}
+    small = shrink(stored)
+    if (args.work / "vae.pt").exists():
+        seen = torch.arange(min(SEEN_THROUGH_VAE, len(stored)))
+        blurred = through_vae(np.asarray(stored[: len(seen)]), args.work)
+    else:
+        seen, blurred = torch.arange(0), small[:0]
+    everything = torch.cat([small, blurred, blurred])
+    answers = {head: torch.cat([values, values[seen], values[seen]]) for head, values in wanted.items()}
+    state: dict[str, Tensor] = {}
+    report: dict[str, dict[str, dict[str, float]]] = {}
+    for name, mask in held_out(labels).items():
+        hidden = torch.from_numpy(mask)
+        train_on = ~torch.cat([hidden, hidden[seen], hidden[seen]])
+        net = train_net(
+            name, everything[train_on], {h: answers[h][train_on] for h in judges.HEADS[name]}, args.steps, args.seed
+        )
+        heads = judges.HEADS[name]
+        tests = {"held_out_art": (small[hidden], {h: wanted[h][hidden] for h in heads})}
+        if len(seen):
+            part = hidden[seen]
+            tests["held_out_art_through_vae"] = (blurred[part], {h: wanted[h][seen][part] for h in heads})
+        if name == "flags":  # what has none of the held-out things: false alarms on held-out roles' art
+            roles = torch.from_numpy(held_out(labels)["people"]) & ~hidden
+            tests["harmless"] = (small[roles], {h: wanted[h][roles] for h in heads})
+        report[name] = {test: accuracy(net, x, y, heads) for test, (x, y) in tests.items()}
+        print(name, json.dumps(report[name]), flush=True)
+        state |= {f"{name}.{k}": v.to(torch.float16).contiguous() for k, v in net.state_dict().items()}
+    metadata = {
+        "judges.classes": json.dumps({head: list(names) for head, names in judges.CLASSES.items()}),
+        "judges.report": json.dumps(report),
+        "modelspec.title": "concept-steer judges",
+        "modelspec.license": "Apache-2.0",
+    }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    save_file(state, args.out, metadata)
+    (args.work / "judges.json").write_text(json.dumps(report, indent=1))
+    print("written:", args.out, args.out.stat().st_size, "bytes;", build_data.SETS)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""Pictures that people look at: latents' pixels to PIL images, labelled grids, strips and before/after sheets."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from .errors import ConceptSteerError
+
+INK, PAPER, FRAME = (30, 30, 36), (255, 255, 255), (214, 216, 222)
+
+
+def to_images(pixels: Tensor) -> list[Image.Image]:
+    """(B, 3, H, W) in [-1, 1] to RGB images."""
+    array = ((pixels.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    return [Image.fromarray(picture) for picture in np.ascontiguousarray(array)]
+
+
+def _wrapped(draw: ImageDraw.ImageDraw, text: str, font: ImageFont.ImageFont, width: int) -> str:
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and draw.textlength(longer, font=font) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return "\n".join(lines)
+
+
+def grid(
+    images: Sequence[Sequence[Image.Image]],
+    *,
+    columns: Sequence[str] = (),
+    rows: Sequence[str] = (),
+    captions: Sequence[Sequence[str]] = (),
+    title: str = "",
+    cell: int = 128,
+    font_size: int = 13,
+) -> Image.Image:
+    """Rows of images as one picture, with labels over the columns, before the rows and under every image."""
+    font = ImageFont.load_default(font_size)
+    draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    line = font_size + 5
+    wide = max(len(row) for row in images)
+    wrapped = [[_wrapped(draw, text, font, cell - 4) for text in row] for row in captions]
+    under = line * max((text.count("\n") + 1 for row in wrapped for text in row), default=0)
+    row_texts = [_wrapped(draw, text, font, 110) for text in rows]
+    left = 120 if rows else 4
+    column_texts = [_wrapped(draw, text, font, cell - 4) for text in columns]
+    top = line * max((text.count("\n") + 1 for text in column_texts), default=0) + (line + 6 if title else 0) + 4
+    step = cell + under + 4
+    canvas = Image.new("RGB", (left + wide * (cell + 4) + 4, top + len(images) * step + 4), PAPER)
+    draw = ImageDraw.Draw(canvas)
+    if title:
+        draw.text((6, 3), title, font=ImageFont.load_default(font_size + 2), fill=INK)
+    for x, text in enumerate(column_texts):
+        draw.multiline_text(
+            (left + x * (cell + 4) + cell // 2, top - 4), text, font=font, fill=INK, anchor="md", align="center"
+        )
+    for y, row in enumerate(images):
+        if y < len(row_texts):
+            middle = top + y * step + cell // 2
+            draw.multiline_text((6, middle), row_texts[y], font=font, fill=INK, anchor="lm")
+        for x, image in enumerate(row):
+            place = (left + x * (cell + 4), top + y * step)
+            draw.rectangle([place[0] - 1, place[1] - 1, place[0] + cell, place[1] + cell], outline=FRAME)
+            canvas.paste(image.resize((cell, cell), Image.Resampling.LANCZOS), place)
+            if y < len(wrapped) and x < len(wrapped[y]):
+                draw.multiline_text((place[0], place[1] + cell + 1), wrapped[y][x], font=font, fill=INK, spacing=2)
+    return canvas
+
+
+def save(image: Image.Image, path: Path) -> Path:
+    """Write a picture atomically (PNG or JPEG by its suffix); ConceptSteerError when the folder cannot be written."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(part, format="JPEG" if path.suffix.lower() in (".jpg", ".jpeg") else "PNG", quality=92)
+        os.replace(part, path)
+    except OSError as error:
+        raise ConceptSteerError(f"{path} cannot be written ({error.strerror or error}): choose another folder.") from None
+    return path
