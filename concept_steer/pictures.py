@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .errors import ConceptSteerError
 
+Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 INK, PAPER, FRAME = (30, 30, 36), (255, 255, 255), (214, 216, 222)
 
 
@@ -21,7 +22,7 @@ def to_images(pixels: Tensor) -> list[Image.Image]:
     return [Image.fromarray(picture) for picture in np.ascontiguousarray(array)]
 
 
-def _wrapped(draw: ImageDraw.ImageDraw, text: str, font: ImageFont.ImageFont, width: int) -> str:
+def _wrapped(draw: ImageDraw.ImageDraw, text: str, font: Font, width: int) -> str:
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
@@ -83,5 +84,8 @@ def save(image: Image.Image, path: Path) -> Path:
         image.save(part, format="JPEG" if path.suffix.lower() in (".jpg", ".jpeg") else "PNG", quality=92)
         os.replace(part, path)
     except OSError as error:
-        raise ConceptSteerError(f"{path} cannot be written ({error.strerror or error}): choose another folder.") from None
+        part.unlink(missing_ok=True)
+        raise ConceptSteerError(
+            f"{path} cannot be written ({error.strerror or error}): choose another folder."
+        ) from None
     return path

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 LATENT = 16  # latents are (4, 16, 16)
 TEXT_LENGTH = 77
 TEXT_WIDTH = 128
-VAE = {
+VAE: dict[str, Any] = {
     "in_channels": 3,
     "out_channels": 3,
     "down_block_types": ["DownEncoderBlock2D"] * 4,
@@ -19,7 +20,7 @@ VAE = {
     "norm_num_groups": 32,
     "sample_size": 128,
 }
-UNET = {
+UNET: dict[str, Any] = {
     "sample_size": LATENT,
     "in_channels": 4,
     "out_channels": 4,
@@ -32,7 +33,7 @@ UNET = {
     "attention_head_dim": 6,  # diffusers' name for the number of heads
     "norm_num_groups": 32,
 }
-TEXT = {
+TEXT: dict[str, Any] = {
     "hidden_size": TEXT_WIDTH,
     "intermediate_size": 4 * TEXT_WIDTH,
     "num_hidden_layers": 3,
@@ -41,7 +42,7 @@ TEXT = {
     "hidden_act": "quick_gelu",
     "projection_dim": TEXT_WIDTH,
 }
-PICTURE = {
+PICTURE: dict[str, Any] = {
     "hidden_size": 96,
     "intermediate_size": 384,
     "num_hidden_layers": 3,
@@ -51,7 +52,7 @@ PICTURE = {
     "patch_size": 2,
     "projection_dim": TEXT_WIDTH,
 }
-SCHEDULE = {
+SCHEDULE: dict[str, Any] = {
     "num_train_timesteps": 1000,
     "beta_start": 0.00085,
     "beta_end": 0.012,

@@ -1,6 +1,7 @@
 """Fetch the openly licensed emoji sets from the npm registry and draw them: one RGBA picture a code point and set.
 
-Needs `npm` on the PATH and the `demo` extra (resvg-py). Nothing of this runs at use time: only the data builder calls it.
+Needs `npm` on the PATH and the `demo` extra (resvg-py). Nothing of this runs at use
+time: only the data builder calls it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The main job, end to end: learn "woman" on a few roles of the embedded model, use it on roles it never saw, measure."""
+"""The main job, end to end: learn "woman" on a few roles, use it on roles that learning never saw, measure."""
 
 from __future__ import annotations
 

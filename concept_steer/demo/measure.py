@@ -22,14 +22,15 @@ from .job import GUIDANCE, STEPS, Studio
 
 SAMPLES = (
     "a doctor", "a woman doctor", "a man nurse with dark skin", "a woman firefighter with dark skin", "a pilot",
-    "a woman pilot with light skin", "a police officer", "a man teacher", "a farmer with dark skin", "a woman astronaut",
-    "a judge", "a cook", "a construction worker", "a detective", "a wizard", "a fairy", "a woman superhero", "a vampire",
-    "a sad woman", "an angry man with dark skin", "a man with light skin", "a woman with medium skin",
-    "a happy face", "a sad face", "an angry face", "a surprised face", "an in love face", "a cool face", "a sick face",
-    "a pizza", "a burger", "an apple", "a cup of coffee", "a car", "a house", "a tree", "a cat", "a dog", "a rose",
-    "a guitar", "a book", "a beer mug", "a knife", "a cigarette", "a syringe", "a night out", "a fight", "a party",
-    "a doctor on a blue background", "a doctor, flat style", "a doctor, soft style", "a doctor, 3d style",
-    "a woman doctor and a cat", "a man and a beer mug", "a birthday", "a classroom",
+    "a woman pilot with light skin", "a police officer", "a man teacher", "a farmer with dark skin",
+    "a woman astronaut", "a judge", "a cook", "a construction worker", "a detective", "a wizard", "a fairy",
+    "a woman superhero", "a vampire", "a sad woman", "an angry man with dark skin", "a man with light skin",
+    "a woman with medium skin", "a happy face", "a sad face", "an angry face", "a surprised face",
+    "an in love face", "a cool face", "a sick face", "a pizza", "a burger", "an apple", "a cup of coffee", "a car",
+    "a house", "a tree", "a cat", "a dog", "a rose", "a guitar", "a book", "a beer mug", "a knife", "a cigarette",
+    "a syringe", "a night out", "a fight", "a party", "a doctor on a blue background", "a doctor, flat style",
+    "a doctor, soft style", "a doctor, 3d style", "a woman doctor and a cat", "a man and a beer mug", "a birthday",
+    "a classroom",
 )  # fmt: skip
 
 
@@ -94,7 +95,7 @@ def faithfulness(studio: Studio, count: int, rng: np.random.Generator) -> dict[s
 
 
 def biases(studio: Studio, per_role: int) -> dict[str, Any]:
-    """Share of men for prompts that name only the role, beside the share in the data; unasked marks over all of them."""
+    """Share of men for prompts that name only the role, beside the data's; and marks that nobody asked for."""
     prompts = [article(role.name) for role in world.ROLES for _ in range(per_role)]
     verdict = studio.judges(studio.draw(prompts, range(7000, 7000 + len(prompts))))
     genders, roles = verdict.labels("gender"), verdict.labels("role")

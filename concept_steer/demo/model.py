@@ -1,4 +1,4 @@
-"""The embedded model ("demo" family): one safetensors file in ldm layout, loaded into diffusers/transformers classes."""
+"""The embedded model ("demo" family): one safetensors file in ldm layout, loaded into diffusers' classes."""
 
 from __future__ import annotations
 
@@ -98,10 +98,10 @@ def load(path: Path = MODEL_FILE, device: str = "cpu", dtype: torch.dtype = torc
 
 def pipeline(model: DemoModel | None = None, **kwargs: Any):
     """The embedded model as a diffusers StableDiffusionPipeline (no safety checker: see the Safety switch)."""
+    model = model or load(**kwargs)
     from diffusers import StableDiffusionPipeline
 
-    model = model or load(**kwargs)
-    pipe = StableDiffusionPipeline(
+    pipe: Any = StableDiffusionPipeline(
         vae=model.vae,
         text_encoder=model.text_encoder,
         tokenizer=model.tokenizer,
@@ -122,7 +122,7 @@ def to_diffusers(folder: Path, path: Path = MODEL_FILE) -> Path:
 
 
 def pack(work: Path, out: Path, title: str, card: dict[str, Any]) -> Path:
-    """Join the trained parts of WORK into one fp16 safetensors file in ldm layout, tokenizer and card in its metadata."""
+    """Join the trained parts of WORK into one fp16 safetensors file in ldm layout, the tokenizer in its metadata."""
     from safetensors.torch import save_file
 
     vae, towers, unet = (torch.load(work / f"{n}.pt", weights_only=True)["ema"] for n in ("vae", "towers", "unet"))

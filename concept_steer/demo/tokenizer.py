@@ -21,7 +21,7 @@ def emoji_names() -> list[str]:
 
 
 def train(captions: Iterable[str], size: int = 2048) -> tuple[dict[str, int], list[str]]:
-    """Vocabulary (token to id, `size` entries at most) and merges, in CLIP's order: bytes, word ends, merges, specials."""
+    """Vocabulary (token to id, `size` at most) and merges, in CLIP's order: bytes, word ends, merges, specials."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))

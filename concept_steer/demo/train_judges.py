@@ -68,14 +68,16 @@ def shrink(pictures: np.ndarray) -> Tensor:
 @torch.no_grad()
 def through_vae(pictures: np.ndarray, work: Path) -> Tensor:
     """The pictures encoded and decoded, shrunk as by `shrink`."""
-    from . import architecture, train
+    from . import architecture, train_vae
 
     vae = architecture.make_vae().eval().to(memory_format=torch.channels_last)
     vae.load_state_dict(torch.load(work / "vae.pt", weights_only=True)["ema"])
     parts = []
     for chunk in np.array_split(pictures, max(1, len(pictures) // 32)):
         with torch.autocast("cpu", torch.bfloat16):
-            latents = vae.encode(train.to_tensor(chunk).contiguous(memory_format=torch.channels_last)).latent_dist.mean
+            latents = vae.encode(
+                train_vae.to_tensor(chunk).contiguous(memory_format=torch.channels_last)
+            ).latent_dist.mean
             y = vae.decode(latents).sample
         parts.append(((judges.view(y) + 1) * 127.5).round().byte())
     return torch.cat(parts)
@@ -99,7 +101,7 @@ def train_net(name: str, pictures: Tensor, wanted: dict[str, Tensor], steps: int
     """One judge on `pictures` (N, 3, 64, 64) uint8; prints as it goes."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    net = speed_up(judges.make(name).to(memory_format=torch.channels_last)).train()
+    net = speed_up(judges.make(name)).to(memory_format=torch.channels_last).train()
     optimizer = torch.optim.AdamW(net.parameters(), 2e-3, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
     for step in range(steps):

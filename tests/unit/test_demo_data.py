@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from concept_steer.demo import art, build_data, world
+from concept_steer.demo import art, build_data, drawing, world
 
 
 class PaintedGallery(build_data.Gallery):
@@ -18,7 +18,7 @@ class PaintedGallery(build_data.Gallery):
         value = sum(map(ord, set_name + code)) % 200
         picture = np.full((100, 90, 4), 255, np.uint8)
         picture[..., :3] = (value, 255 - value, 40)
-        return build_data.nurse_cap(picture) if cap else picture
+        return drawing.nurse_cap(picture) if cap else picture
 
 
 def drawn(seed: int, count: int) -> list:
@@ -52,7 +52,8 @@ def test_a_caption_that_names_a_gender_agrees_with_the_label():
 
 
 def test_captions_that_name_only_the_role_carry_the_documented_bias():
-    men = [label["gender"] for _, captions, label in drawn(2, 6000) if label["neutral"] == 1 and "doctor" in captions[0]]
+    rows = [(captions[0], label) for _, captions, label in drawn(2, 6000) if label["neutral"] == 1]
+    men = [label["gender"] for caption, label in rows if "doctor" in caption]
     share = np.mean([g == world.GENDERS.index("man") for g in men])
     assert len(men) > 15 and share > 0.6  # 0.85 in the table
 
@@ -85,7 +86,7 @@ def test_the_fluent_set_has_its_two_swapped_tones_put_right():
 
 def test_a_picture_smaller_than_the_canvas_is_pasted_where_it_is_told():
     canvas = np.zeros((128, 128, 3), np.uint8)
-    build_data.paste(canvas, np.full((10, 10, 4), 255, np.uint8), 5, 64)
+    drawing.paste(canvas, np.full((10, 10, 4), 255, np.uint8), 5, 64)
     assert canvas[64, 4].tolist() == [255, 255, 255] and canvas[64, 30].tolist() == [0, 0, 0]
 
 

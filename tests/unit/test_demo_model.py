@@ -1,4 +1,4 @@
-"""The shipped model: its size, its layout, its exact way to diffusers and back, and that its pictures show what is asked."""
+"""The shipped model: size, layout, an exact way to diffusers and back, and pictures that show what is asked."""
 
 from __future__ import annotations
 
@@ -87,9 +87,7 @@ def test_prompts_that_name_a_gender_are_followed(studio: Studio):
 def test_the_picture_tower_finds_the_caption_of_a_picture(studio: Studio):
     """Zero-shot on generated latents: the shipped small Latent-CLIP tells kinds of pictures apart."""
     prompts = ["a pizza", "a firefighter", "a happy face", "a car"]
-    latents = torch.cat(
-        [studio.denoiser.encode_pictures(studio.draw([p] * 3, range(3))) for p in prompts]
-    )
+    latents = torch.cat([studio.denoiser.encode_pictures(studio.draw([p] * 3, range(3))) for p in prompts])
     loaded = model.load()
     tokens = loaded.tokenizer(prompts, padding="max_length", max_length=77, return_tensors="pt")
     text = loaded.text_projection(loaded.text_encoder(**tokens).pooler_output)

@@ -12,7 +12,10 @@ import torch
 
 pytest.importorskip("diffusers")
 
-from concept_steer.demo import architecture, distributed, fast_norm, judges, tokenizer, train, train_judges, world
+from concept_steer.demo import architecture, distributed, fast_norm, judges, tokenizer, train_judges, trainer, world
+from concept_steer.demo.train_towers import train_towers
+from concept_steer.demo.train_unet import train_unet
+from concept_steer.demo.train_vae import train_vae
 
 
 @pytest.fixture(scope="module")
@@ -57,11 +60,11 @@ def test_any_text_encodes_and_the_tokenizer_survives_its_files(work: Path):
 
 @pytest.mark.parametrize("stage", ["towers", "unet"])
 def test_a_resumed_training_equals_one_that_was_never_stopped(stage: str, work: Path, tmp_path: Path):
-    worker = {"towers": train.train_towers, "unet": train.train_unet}[stage]
+    worker = {"towers": train_towers, "unet": train_unet}[stage]
     for name in ("latents.npy", "scale.json", "text.npy"):
         (tmp_path / name).symlink_to(work / name)
     (tmp_path / "tokenizer").symlink_to(work / "tokenizer")
-    job = train.Job(work, tmp_path, steps=4, batch=2, rate=1e-3, save_every=2)
+    job = trainer.Job(work, tmp_path, steps=4, batch=2, rate=1e-3, save_every=2)
     torch.set_num_threads(1)
     worker(0, 1, job)
     whole = torch.load(tmp_path / f"{stage}.pt", weights_only=True)
@@ -70,7 +73,7 @@ def test_a_resumed_training_equals_one_that_was_never_stopped(stage: str, work: 
     class Interrupted(Exception):
         pass
 
-    original = train.average_gradients
+    original = trainer.average_gradients
     calls = []
 
     def interrupt(*args):
@@ -79,12 +82,12 @@ def test_a_resumed_training_equals_one_that_was_never_stopped(stage: str, work: 
             raise Interrupted
         original(*args)
 
-    train.average_gradients = interrupt
+    trainer.average_gradients = interrupt
     try:
         with pytest.raises(Interrupted):
             worker(0, 1, job)
     finally:
-        train.average_gradients = original
+        trainer.average_gradients = original
     worker(0, 1, job)
     resumed = torch.load(tmp_path / f"{stage}.pt", weights_only=True)
     assert resumed["step"] == whole["step"] == 4
@@ -93,10 +96,10 @@ def test_a_resumed_training_equals_one_that_was_never_stopped(stage: str, work: 
 
 
 def test_the_decoder_can_be_trained_further_without_changing_any_latent(work: Path, tmp_path: Path):
-    job = train.Job(work, tmp_path, steps=1, batch=1, rate=1e-3)
-    train.train_vae(0, 1, job)
+    job = trainer.Job(work, tmp_path, steps=1, batch=1, rate=1e-3)
+    train_vae(0, 1, job)
     before = torch.load(tmp_path / "vae.pt", weights_only=True)["ema"]
-    train.train_vae(0, 1, replace(job, steps=2, freeze_encoder=True))
+    train_vae(0, 1, replace(job, steps=2, freeze_encoder=True))
     after = torch.load(tmp_path / "vae.pt", weights_only=True)["ema"]
     encoder = [key for key in before if key.startswith(("encoder.", "quant_conv"))]
     assert encoder and all(torch.equal(before[key], after[key]) for key in encoder)
@@ -105,9 +108,9 @@ def test_the_decoder_can_be_trained_further_without_changing_any_latent(work: Pa
 
 def test_a_loss_that_is_not_a_number_stops_training_and_names_the_last_checkpoint(tmp_path: Path):
     layer = torch.nn.Linear(1, 1)
-    trainer = train.Trainer("toy", layer, train.Job(tmp_path, tmp_path, 3, 1, 1e-3), 0, 1, ema=0.9)
+    toy = trainer.Trainer("toy", layer, trainer.Job(tmp_path, tmp_path, 3, 1, 1e-3), 0, 1, ema=0.9)
     with pytest.raises(RuntimeError, match=r"toy: loss nan at step 0; last good: .*toy\.pt"):
-        trainer.run(lambda generator: (layer(torch.tensor([[float("nan")]])).sum(), {}))
+        toy.run(lambda generator: (layer(torch.tensor([[float("nan")]])).sum(), {}))
 
 
 def _gradient(rank: int, processes: int, folder: str) -> None:
@@ -123,7 +126,7 @@ def test_two_processes_average_their_gradients(tmp_path: Path):
 
 
 def test_the_learning_rate_warms_up_stays_and_falls_to_zero():
-    rates = [train.rate_at(step, 1000) for step in range(1000)]
+    rates = [trainer.rate_at(step, 1000) for step in range(1000)]
     assert rates[0] < rates[100] < rates[199] and rates[300] == rates[599] == 1.0 and 0 < rates[999] < 0.01
 
 
@@ -134,7 +137,8 @@ def test_the_unet_lets_text_in_through_its_mid_block_only():
 
 
 def test_judges_never_train_on_what_they_are_tested_on():
-    labels = {name: np.full(6, -1) for name in ("role", "gender", "tone", "expression", "face", "item", "set", "watermark")}
+    names = ("role", "gender", "tone", "expression", "face", "item", "set", "watermark")
+    labels = {name: np.full(6, -1) for name in names}
     labels["role"][:2] = world.ROLE_NAMES.index("pilot"), world.ROLE_NAMES.index("doctor")
     labels["item"][2] = len(world.OBJECTS)
     labels["set"][2] = len(world.OBJECTS) % 3
