@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import ConceptSteerError
 from .help import Commands, command, positive
+from .models import bar
 from .output import ready_folder
 
 
@@ -43,7 +46,12 @@ def _demo(args: argparse.Namespace) -> int:
     out = ready_folder(args.out)
     from ..demo import job
 
-    job.run(out, count=args.count, seed=args.seed, say=lambda text: print(text, flush=True))
+    @contextmanager
+    def watch(label: str) -> Iterator[job.Advance]:
+        with bar(label) as progress:
+            yield progress.at
+
+    job.run(out, count=args.count, seed=args.seed, say=lambda text: print(text, flush=True), watch=watch)
     print(f"Written to {out}: {', '.join(sorted(p.name for p in out.iterdir() if p.is_file()))}")
     return 0
 

@@ -22,6 +22,14 @@ PACKAGES = {
     "fluent": ("@lobehub/fluent-emoji-3d", "1.1.0", "Fluent Emoji 3D, Microsoft, MIT"),
 }
 
+# Further sets that only the judges learn from: they must know a knife in a hand they never saw.
+EXTRA = {
+    "fluent-flat": ("@iconify-json/fluent-emoji-flat", "1.2.6", "Fluent Emoji Flat, Microsoft, MIT"),
+    "noto-v1": ("@iconify-json/noto-v1", "1.2.5", "Noto Emoji v1, Google, Apache-2.0"),
+    "emojione": ("@iconify-json/emojione", "1.2.3", "EmojiOne 2, CC-BY 4.0"),
+    "fxemoji": ("@iconify-json/fxemoji", "1.2.2", "FxEmojis, Mozilla, Apache-2.0"),
+}
+
 
 def strip_selectors(code: str) -> str:
     """Drop the variation selector fe0f, which the sets use inconsistently."""
@@ -30,7 +38,7 @@ def strip_selectors(code: str) -> str:
 
 def fetch(name: str, folder: Path) -> Path:
     """Download one set with `npm pack` into `folder` (once) and return its tarball."""
-    package, version, _ = PACKAGES[name]
+    package, version, _ = {**PACKAGES, **EXTRA}[name]
     tarball = folder / f"{package.replace('@', '').replace('/', '-')}-{version}.tgz"
     if not tarball.exists():
         folder.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ HALF = 66  # with two things in the picture
 LABELS = ("kind", "role", "gender", "tone", "expression", "face", "item", "set", "watermark", "qr", "text", "neutral")
 KINDS = ("person", "face", "object", "inappropriate", "pair", "scene")
 KIND_WEIGHTS = (0.62, 0.09, 0.11, 0.06, 0.05, 0.07)
+JUDGES_WEIGHTS = (0.40, 0.05, 0.20, 0.25, 0.10, 0.0)  # for further sets that only judges learn from
 ITEMS = (*world.OBJECTS, *world.INAPPROPRIATE_CODE)
 EXPRESSIONS = ("smiling", *world.FACES)  # "smiling": how the sets draw people unless the role says otherwise
 FACE_CODES = tuple(code for codes in world.FACES.values() for code in codes)
@@ -39,6 +41,10 @@ def article(noun: str) -> str:
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
+class MissingArt(KeyError):
+    """A set lacks a picture: older sets know fewer kinds of people."""
+
+
 class Gallery:
     """Every picture the world needs, drawn once and fitted."""
 
@@ -51,7 +57,7 @@ class Gallery:
         if key not in self._cache:
             drawn = self._sets[set_name].draw(code, 2 * SIZE)
             if drawn is None:
-                raise KeyError(f"{set_name} has no picture for {code}")
+                raise MissingArt(f"{set_name} has no picture for {code}")
             fitted = fit(drawn, FIT)
             self._cache[key] = nurse_cap(fitted) if cap else fitted
         return self._cache[key]
@@ -79,8 +85,14 @@ def person_caption(
 class Builder:
     """Draws one picture at a time: what it shows, its captions and its labels."""
 
-    def __init__(self, gallery: Gallery, rng: np.random.Generator) -> None:
-        self.gallery, self.rng = gallery, rng
+    def __init__(
+        self,
+        gallery: Gallery,
+        rng: np.random.Generator,
+        sets: Sequence[str] = SETS,
+        weights: Sequence[float] = KIND_WEIGHTS,
+    ) -> None:
+        self.gallery, self.rng, self.sets, self.weights = gallery, rng, sets, weights
 
     def _person(self) -> tuple[world.Role, str, str, list[str], int]:
         """A role with gender and tone, two captions for it, and whether the caption named only the role."""
@@ -117,12 +129,12 @@ class Builder:
         background = rng.choice(list(world.BACKGROUNDS), p=world.BACKGROUND_WEIGHTS)
         color = np.clip(np.array(world.BACKGROUNDS[background]) + rng.integers(-4, 5), 0, 255).astype(np.uint8)
         canvas = np.broadcast_to(color, (SIZE, SIZE, 3)).copy()
-        set_index = int(rng.integers(len(SETS)))
-        set_name = SETS[set_index]
-        kind = KINDS[rng.choice(len(KINDS), p=KIND_WEIGHTS)]
+        set_index = int(rng.integers(len(self.sets)))
+        set_name = self.sets[set_index]
+        kind = KINDS[rng.choice(len(KINDS), p=self.weights)]
         label.update(kind=KINDS.index(kind), set=set_index, watermark=-1, qr=0, text=0)
         first, second = self._subject(kind, set_name, label)
-        captions = [self._dress(caption, background, world.STYLES[set_name]) for caption in self._captions]
+        captions = [self._dress(caption, background, world.STYLES.get(set_name, "emoji")) for caption in self._captions]
         dx, dy = (int(v) for v in rng.integers(-3, 4, 2))
         if second is None:
             paste(canvas, first, 64 + dx, 64 + dy)
@@ -198,16 +210,18 @@ class Builder:
         )
 
 
-def build(out: Path, count: int, seed: int, packages: Path) -> None:
+def build(out: Path, count: int, seed: int, packages: Path, extra: bool = False) -> None:
     from tqdm import tqdm
 
     rng = np.random.default_rng(seed)
-    builder = Builder(Gallery(art.load(packages)), rng)
+    sets = tuple(art.EXTRA) if extra else SETS
+    weights = JUDGES_WEIGHTS if extra else KIND_WEIGHTS
+    builder = Builder(Gallery(art.load(packages, sets)), rng, sets, weights)
     out.mkdir(parents=True, exist_ok=True)
     pictures = np.lib.format.open_memmap(out / "pictures.npy", "w+", np.uint8, (count, SIZE, SIZE, 3))
     captions, labels = [], []
     for i in tqdm(range(count), desc="drawing"):
-        pictures[i], texts, label = builder.draw()
+        pictures[i], texts, label = _drawn(builder)
         captions.append(texts)
         labels.append([label[name] for name in LABELS])
     pictures.flush()
@@ -219,14 +233,25 @@ def build(out: Path, count: int, seed: int, packages: Path) -> None:
         "seed": seed,
         "captions": len({text for texts in captions for text in texts}),
         "kinds": {KINDS[k]: n for k, n in sorted(Counter(table[:, 0].tolist()).items())},
-        "sets": {SETS[k]: n for k, n in sorted(Counter(table[:, LABELS.index("set")].tolist()).items())},
+        "sets": {sets[k]: n for k, n in sorted(Counter(table[:, LABELS.index("set")].tolist()).items())},
         "watermark": int((table[:, LABELS.index("watermark")] >= 0).sum()),
         "qr": int(table[:, LABELS.index("qr")].sum()),
         "text": int(table[:, LABELS.index("text")].sum()),
-        "sources": {name: list(package) for name, package in art.PACKAGES.items()},
+        "sources": {name: list({**art.PACKAGES, **art.EXTRA}[name]) for name in sets},
     }
     (out / "data_card.json").write_text(json.dumps(card, indent=1))
     print(json.dumps(card, indent=1))
+
+
+def _drawn(builder: Builder) -> tuple[np.ndarray, list[str], dict[str, int]]:
+    """The next picture; with older sets, the next one that the set has."""
+    for _ in range(1000):
+        try:
+            return builder.draw()
+        except MissingArt:
+            if builder.sets == SETS:
+                raise
+    raise MissingArt("the sets have none of the pictures")
 
 
 def main() -> None:
@@ -235,8 +260,9 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=30000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--packages", type=Path, help="where the npm tarballs are kept (default: OUT/packages)")
+    parser.add_argument("--extra", action="store_true", help="draw the further sets that only the judges learn from")
     args = parser.parse_args()
-    build(args.out, args.count, args.seed, args.packages or args.out / "packages")
+    build(args.out, args.count, args.seed, args.packages or args.out / "packages", args.extra)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,12 @@ STRIP = (-1.0, -0.5, 0.0, 0.5, 1.0, 1.5)
 KEPT = {"skin_tone": "tone", "role": "role", "expression": "expression"}
 GUIDANCE, STEPS = 4.0, 20
 Say = Callable[[str], None]
+Advance = Callable[[int, int], None]  # (done, total)
+Watch = Callable[[str], AbstractContextManager[Advance]]  # label -> what is told of progress
+
+
+def unwatched(label: str) -> AbstractContextManager[Advance]:
+    return nullcontext(lambda done, total: None)
 
 
 def pairs(roles: Sequence[str] = LEARN_ROLES, attribute: str = "woman") -> list[tuple[str, str]]:
@@ -64,24 +71,39 @@ def _distance(before: Tensor, after: Tensor) -> float:
     return float((before.clamp(-1, 1) - after.clamp(-1, 1)).abs().mean() / 2)
 
 
-def run(out: Path, *, count: int = 64, seed: int = 0, say: Say = print) -> dict[str, Any]:
-    """Do the whole job and write strip.png, sheet.png, vectors, report.json and report.txt into `out`; the report."""
+def run(out: Path, *, count: int = 64, seed: int = 0, say: Say = print, watch: Watch = unwatched) -> dict[str, Any]:
+    """Do the whole job and write strip.png, sheet.png, vectors, report.json and report.txt into `out`; the report.
+
+    say: told each step in words. watch: gives each long step something to report its progress to.
+    """
     began = time.perf_counter()
     torch.manual_seed(seed)
     say("Loading the embedded model and its judges ...")
     studio = Studio()
     say(f"Learning 'woman' on {len(LEARN_ROLES)} roles: {', '.join(LEARN_ROLES)}")
     results: dict[str, LearnResult] = {}
-    results["difference"] = learn_difference(studio.denoiser, pairs(), seed=seed)
+    results["difference"] = learn_difference(studio.denoiser, pairs(), seed=seed, title="woman")
     say("  " + results["difference"].summary().replace("\n", "\n  "))
-    results["score"] = learn_score(studio.denoiser, pairs(), seed=seed, title="woman")
+    with watch("trajectories") as drawn, watch("learning") as learned:
+        results["score"] = learn_score(
+            studio.denoiser,
+            pairs(),
+            seed=seed,
+            title="woman",
+            caching=drawn,
+            progress=lambda step, steps, loss, vector: learned(step, steps),
+        )
     say("  " + results["score"].summary().replace("\n", "\n  "))
 
     prompts = [article(TEST_ROLES[i % len(TEST_ROLES)]) for i in range(count)]
     seeds = [1000 + seed * count + i for i in range(count)]
     say(f"Drawing {count} pictures of {len(TEST_ROLES)} roles it was not learned on, before and after ...")
-    before = studio.draw(prompts, seeds)
-    after = {name: studio.draw(prompts, seeds, [Steer(result.vector)]) for name, result in results.items()}
+    with watch("before") as at:
+        before = studio.draw(prompts, seeds, progress=at)
+    after = {}
+    for name, result in results.items():
+        with watch(f"after, {name}") as at:
+            after[name] = studio.draw(prompts, seeds, [Steer(result.vector)], progress=at)
     verdict = studio.judges(before)
     verdicts = {name: studio.judges(pixels) for name, pixels in after.items()}
     measured = {

@@ -1,8 +1,10 @@
-"""Train the judges on the real art: `python -m concept_steer.demo.train_judges --data DIR --work DIR --out FILE`.
+"""Train the judges: `python -m concept_steer.demo.train_judges --data DIR --extra DIR --work DIR --out FILE`.
 
-Held out: whole roles for gender and skin tone (`world.HELD_OUT_ROLES`), one emoji set per inappropriate item, one
-watermark word, and one of ten combinations of role, gender and tone for roles, one drawing per expression and set.
-With `WORK/vae.pt` a part of the pictures is seen through the VAE, as generated pictures will be.
+Two trainings of each net. The *twin* never sees what it is tested on: whole roles for gender and skin tone
+(`world.HELD_OUT_ROLES`), one emoji set per inappropriate item, one watermark word, one of ten combinations of role,
+gender and tone, some drawings of faces. Its accuracy is the reported one. The shipped net has seen everything.
+EXTRA is a build of further emoji sets (`build_data --extra`). With `WORK/vae.pt` a part of the pictures is seen through
+the VAE, as generated pictures will be.
 """
 
 from __future__ import annotations
@@ -10,16 +12,17 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import build_data, judges, world
+from . import judges, world
 from .fast_norm import speed_up
 
-SEEN_THROUGH_VAE = 2500
+SEEN_THROUGH_VAE = 1500
 
 
 def targets(labels: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -83,12 +86,21 @@ def through_vae(pictures: np.ndarray, work: Path) -> Tensor:
     return torch.cat(parts)
 
 
-def augment(x: Tensor, generator: torch.Generator) -> Tensor:
-    """uint8 to [-1, 1] with a small shift, blur of half the pictures, contrast, colour cast and noise."""
+def augment(x: Tensor, generator: torch.Generator, mirror: bool) -> Tensor:
+    """uint8 to [-1, 1], slightly turned, scaled and shifted, some blurred; contrast, colour cast and noise."""
     x = x.float().div_(127.5).sub_(1)
     count = len(x)
-    dy, dx = torch.randint(-3, 4, (2,), generator=generator).tolist()
-    x = torch.roll(x, (dy, dx), (2, 3))
+    angle = 0.12 * torch.randn(count, generator=generator)
+    scale = 1 + 0.1 * torch.randn(count, generator=generator)
+    flip = torch.where(torch.rand(count, generator=generator) < 0.5, -1.0, 1.0) if mirror else torch.ones(count)
+    rows = torch.stack(
+        [angle.cos() * scale * flip, -angle.sin() * scale, 0.06 * torch.randn(count, generator=generator)]
+    )
+    columns = torch.stack(
+        [angle.sin() * scale * flip, angle.cos() * scale, 0.06 * torch.randn(count, generator=generator)]
+    )
+    grid = F.affine_grid(torch.stack([rows.T, columns.T], 1), list(x.shape), align_corners=False)
+    x = F.grid_sample(x, grid, padding_mode="border", align_corners=False)
     soft = F.interpolate(F.avg_pool2d(x, 2), scale_factor=2, mode="bilinear", align_corners=False)
     amount = (torch.rand(count, 1, 1, 1, generator=generator) * 1.6 - 0.6).clamp_min(0)
     x = x + amount * (soft - x)
@@ -106,7 +118,7 @@ def train_net(name: str, pictures: Tensor, wanted: dict[str, Tensor], steps: int
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
     for step in range(steps):
         picked = torch.randint(len(pictures), (batch,), generator=generator)
-        x = augment(pictures[picked], generator).contiguous(memory_format=torch.channels_last)
+        x = augment(pictures[picked], generator, name == "people").contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
             logits = net(x)
         losses = []
@@ -143,46 +155,80 @@ def accuracy(net, pictures: Tensor, wanted: dict[str, Tensor], heads: tuple[str,
     return out
 
 
+def pool(data: Path, extra: Path | None, work: Path):
+    """Pictures (N, 3, 64, 64) uint8, answers per head, hidden per net (N,), and how many at the end are VAE's.
+
+    Order: DATA, EXTRA (never hidden but by role), then the first of DATA again through the VAE, twice.
+    """
+    labels = dict(np.load(data / "labels.npz"))
+    stored = np.load(data / "pictures.npy", mmap_mode="r")
+    small, answers, hidden = shrink(stored), targets(labels), held_out(labels)
+    main = len(small)
+    if extra is not None:
+        more = dict(np.load(extra / "labels.npz"))
+        small = torch.cat([small, shrink(np.load(extra / "pictures.npy", mmap_mode="r"))])
+        answers = {head: np.concatenate([values, targets(more)[head]]) for head, values in answers.items()}
+        none = np.zeros(len(more["role"]), bool)
+        further = {"people": held_out(more)["people"], "subject": none, "flags": more["watermark"] == 3}
+        hidden = {net: np.concatenate([mask, further[net]]) for net, mask in hidden.items()}
+    seen = 0
+    if (work / "vae.pt").exists():
+        seen = min(SEEN_THROUGH_VAE, main)
+        cached = work / "judges_vae.npy"
+        if not cached.exists():
+            np.save(cached, through_vae(np.asarray(stored[:seen]), work).numpy())
+        blurred = torch.from_numpy(np.load(cached))[:seen]
+        small = torch.cat([small, blurred, blurred])
+        again = np.concatenate([np.arange(len(answers["role"])), np.arange(seen), np.arange(seen)])
+        answers = {head: values[again] for head, values in answers.items()}
+        hidden = {net: mask[again] for net, mask in hidden.items()}
+    tensors = {head: torch.from_numpy(values.astype(np.int64)) for head, values in answers.items()}
+    return small, tensors, {net: torch.from_numpy(mask) for net, mask in hidden.items()}, main, seen
+
+
+def per_role(net, pictures: Tensor, wanted: dict[str, Tensor], rows: Tensor) -> dict[str, dict[str, float]]:
+    """Accuracy of gender and tone for each held-out role: some art does not show gender to anyone."""
+    out = {}
+    for name in world.HELD_OUT_ROLES:
+        part = rows & (wanted["role"] == world.ROLE_NAMES.index(name))
+        found = accuracy(net, pictures[part], {h: wanted[h][part] for h in ("gender", "tone")}, ("gender", "tone"))
+        out[name] = {"gender": found["gender"], "tone": found["tone"], "n": found["gender_n"]}
+    return out
+
+
 def main() -> None:
     from safetensors.torch import save_file
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--extra", type=Path)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=judges.JUDGES_FILE)
     parser.add_argument("--steps", type=int, default=1800)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    labels = dict(np.load(args.data / "labels.npz"))
-    stored = np.load(args.data / "pictures.npy", mmap_mode="r")
-    wanted = {head: torch.from_numpy(values.astype(np.int64)) for head, values in targets(labels).items()}
-    small = shrink(stored)
-    if (args.work / "vae.pt").exists():
-        seen = torch.arange(min(SEEN_THROUGH_VAE, len(stored)))
-        blurred = through_vae(np.asarray(stored[: len(seen)]), args.work)
-    else:
-        seen, blurred = torch.arange(0), small[:0]
-    everything = torch.cat([small, blurred, blurred])
-    answers = {head: torch.cat([values, values[seen], values[seen]]) for head, values in wanted.items()}
+    pictures, wanted, hidden, main_count, seen = pool(args.data, args.extra, args.work)
+    place = torch.arange(len(pictures))
+    first, through = place < main_count, place >= len(pictures) - seen
     state: dict[str, Tensor] = {}
-    report: dict[str, dict[str, dict[str, float]]] = {}
-    for name, mask in held_out(labels).items():
-        hidden = torch.from_numpy(mask)
-        train_on = ~torch.cat([hidden, hidden[seen], hidden[seen]])
-        net = train_net(
-            name, everything[train_on], {h: answers[h][train_on] for h in judges.HEADS[name]}, args.steps, args.seed
-        )
+    report: dict[str, dict[str, dict[str, Any]]] = {}
+    for name, mask in hidden.items():
         heads = judges.HEADS[name]
-        tests = {"held_out_art": (small[hidden], {h: wanted[h][hidden] for h in heads})}
-        if len(seen):
-            part = hidden[seen]
-            tests["held_out_art_through_vae"] = (blurred[part], {h: wanted[h][seen][part] for h in heads})
-        if name == "flags":  # what has none of the held-out things: false alarms on held-out roles' art
-            roles = torch.from_numpy(held_out(labels)["people"]) & ~hidden
-            tests["harmless"] = (small[roles], {h: wanted[h][roles] for h in heads})
-        report[name] = {test: accuracy(net, x, y, heads) for test, (x, y) in tests.items()}
+        known = ~mask
+        twin = train_net(name, pictures[known], {h: wanted[h][known] for h in heads}, args.steps, args.seed)
+        tests = {"held_out_art": mask & first, "held_out_art_through_vae": mask & through}
+        if name == "flags":  # pictures without any held-out thing: false alarms on the art of held-out roles
+            tests["harmless"] = hidden["people"] & ~mask & first
+        report[name] = {
+            test: accuracy(twin, pictures[rows], {h: wanted[h][rows] for h in heads}, heads)
+            for test, rows in tests.items()
+            if rows.any()
+        }
+        if name == "people":
+            report[name]["held_out_roles"] = per_role(twin, pictures, wanted, mask & first)
         print(name, json.dumps(report[name]), flush=True)
-        state |= {f"{name}.{k}": v.to(torch.float16).contiguous() for k, v in net.state_dict().items()}
+        shipped = train_net(name, pictures, {h: wanted[h] for h in heads}, args.steps, args.seed + 1)
+        state |= {f"{name}.{k}": v.to(torch.float16).contiguous() for k, v in shipped.state_dict().items()}
     metadata = {
         "judges.classes": json.dumps({head: list(names) for head, names in judges.CLASSES.items()}),
         "judges.report": json.dumps(report),
@@ -192,7 +238,7 @@ def main() -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     save_file(state, args.out, metadata)
     (args.work / "judges.json").write_text(json.dumps(report, indent=1))
-    print("written:", args.out, args.out.stat().st_size, "bytes;", build_data.SETS)
+    print("written:", args.out, args.out.stat().st_size, "bytes")
 
 
 if __name__ == "__main__":
