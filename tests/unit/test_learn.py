@@ -306,3 +306,24 @@ def test_auc_is_the_share_of_ordered_couples():
     assert auc(torch.tensor([2.0, 3.0]), torch.tensor([0.0, 1.0])) == 1.0
     assert auc(torch.tensor([0.0, 1.0]), torch.tensor([0.0, 1.0])) == 0.5
     assert auc(torch.tensor([0.0]), torch.tensor([1.0])) == 0.0
+
+
+@pytest.mark.parametrize("factor", [0.8, 2.0])
+def test_calibration_lengthens_a_vector_until_it_goes_as_far_as_the_prompt(denoiser, factor: float):
+    from dataclasses import replace
+
+    from concept_steer.learn.calibration import amplitude
+    from concept_steer.learn.trajectories import build_cache
+
+    options = {"trajectories": 4, "sample_steps": 2, "guidance": 1.0, "holdout": 0.5, "seed": 0, "batch": 6}
+    with torch.no_grad(), denoiser.frozen():
+        cache = build_cache(denoiser, PAIRS, stop=None, caching=None, **options)
+        index = list(range(len(cache.states)))
+        c = (cache.positive_h - cache.neutral_h()).mean(0)
+        state = cache.state(index, denoiser)
+        moved = denoiser.from_h(state.with_h(state.h + c)) - cache.neutral
+        prompt = replace(cache, positive=cache.neutral + factor * moved)  # a prompt that does just that much
+        found = amplitude(denoiser, prompt, c, torch.ones(len(index)), index, 4)
+        opposite = replace(cache, positive=cache.neutral - moved)
+        assert found == pytest.approx(factor, rel=1e-3)
+        assert amplitude(denoiser, opposite, c, torch.ones(len(index)), index, 4) == 1.0
