@@ -5,6 +5,8 @@ The least-squares vector is too short wherever it explains only a part: it shrin
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -19,7 +21,8 @@ def amplitude(denoiser: Denoiser, cache: Cache, c: Tensor, weight: Tensor, index
     """s = E w <p, p> / E w <d, p>, with p the positive prompt's effect on the prediction and d that of c, over `index`.
 
     c: (C,) or (C, H, W) on the model's device; weight (n,) of the cache's items. With c times s the prediction goes as
-    far along the prompt's own effect as the prompt itself takes it. Kept within LIMITS; 1.0 where c points elsewhere.
+    far along the prompt's own effect as the prompt itself takes it. Kept within LIMITS; 1.0 where c points elsewhere
+    or the model gives NaN.
     """
     own = along = 0.0
     for first in range(0, len(index), batch):
@@ -32,6 +35,6 @@ def amplitude(denoiser: Denoiser, cache: Cache, c: Tensor, weight: Tensor, index
         w = weight[part].cpu()
         own += float((w * effect.square().sum((1, 2, 3))).sum())
         along += float((w * (moved * effect).sum((1, 2, 3))).sum())
-    if along <= 0:
+    if not along > 0 or not math.isfinite(own / along):  # NaN too
         return 1.0
     return min(max(own / along, LIMITS[0]), LIMITS[1])
