@@ -89,7 +89,7 @@ def load(path: Path = MODEL_FILE, device: str = "cpu", dtype: torch.dtype = torc
         module.to(device=device, dtype=dtype).eval().requires_grad_(False)
     encoder = architecture.text_encoder_of(text)
     scheduler = DDIMScheduler(
-        **architecture.SCHEDULE, clip_sample=False, set_alpha_to_one=True, timestep_spacing="trailing"
+        **architecture.SCHEDULE, clip_sample=False, set_alpha_to_one=True, timestep_spacing="trailing", steps_offset=1
     )
     return DemoModel(
         unet, vae, encoder, text.text_projection, picture, tokens, scheduler, scale, float(metadata["demo.logit_scale"])
@@ -119,6 +119,23 @@ def to_diffusers(folder: Path, path: Path = MODEL_FILE) -> Path:
     """Write the model as a diffusers folder (fp16), for any tool that reads one."""
     pipeline(load(path, dtype=torch.float16)).save_pretrained(folder)
     return folder
+
+
+def unpack(work: Path, path: Path = MODEL_FILE) -> None:
+    """The reverse of `pack`: checkpoints at step 0, tokenizer and scale in WORK, for a second stage of training."""
+    state, metadata = read(path)
+    work.mkdir(parents=True, exist_ok=True)
+    write_tokenizer(metadata, work / "tokenizer")
+    (work / "scale.json").write_text(json.dumps({"scaling_factor": float(metadata["demo.scaling_factor"])}))
+    unet_keys, vae_keys = architecture.make_unet().state_dict(), architecture.make_vae().state_dict()
+    parts = {
+        name: {key: value.float() for key, value in part.items()}
+        for name, part in convert.from_ldm(state, list(unet_keys), list(vae_keys)).items()
+    }
+    towers = {f"{name}.{key}": value for name in ("text", "picture") for key, value in parts[name].items()}
+    towers["log_scale"] = torch.tensor(float(metadata["demo.logit_scale"])).log()
+    for name, weights in (("vae", parts["vae"]), ("towers", towers), ("unet", parts["unet"])):
+        torch.save({"model": weights, "ema": weights, "step": 0}, work / f"{name}.pt")
 
 
 def pack(work: Path, out: Path, title: str, card: dict[str, Any]) -> Path:

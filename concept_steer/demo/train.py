@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from . import tokenizer
+from . import model, tokenizer
 from .distributed import launch
 from .train_towers import embed_captions, load_captions, train_towers
 from .train_unet import train_unet
@@ -30,9 +30,15 @@ def main() -> None:
     parser.add_argument("--whole", type=int, default=200, help="VAE: last steps on whole pictures, not crops")
     parser.add_argument("--freeze-encoder", action="store_true", help="VAE: train the decoder only")
     parser.add_argument("--count", type=int, help="use only the first COUNT pictures")
+    parser.add_argument(
+        "--focus", type=float, default=0.0, help="UNet: share of single people with gender or tone named"
+    )
+    parser.add_argument("--from-shipped", action="store_true", help="start anew from the shipped weights")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
+    if args.from_shipped:
+        model.unpack(args.work)
 
     def job(steps: int, batch: int, rate: float, **more: Any) -> Job:
         chosen = args.steps or steps, args.batch or batch, args.rate or rate
@@ -51,7 +57,7 @@ def main() -> None:
         launch(embed_captions, args.processes, job(1, 1, 1.0))
         join(args.work, "text", args.processes)
     if args.stage in ("unet", "all"):
-        launch(train_unet, args.processes, job(6000, 32, 1e-3))
+        launch(train_unet, args.processes, job(6000, 32, 1e-3, focus=args.focus))
 
 
 if __name__ == "__main__":

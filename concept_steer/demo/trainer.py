@@ -27,6 +27,7 @@ class Job:
     save_every: int = 250
     whole: int = 0  # VAE: last steps on whole pictures instead of crops
     freeze_encoder: bool = False  # VAE: a second stage for the decoder alone leaves the latents as they are
+    focus: float = 0.0  # UNet: this share of a batch are single people whose caption says more than the role
     start: Path | None = None
     count: int | None = None  # use only the first pictures
 
@@ -50,8 +51,9 @@ class Trainer:
         if self.path.exists():
             state = torch.load(self.path, map_location="cpu", weights_only=True)
             modules.load_state_dict(state["model"])
-            if len(state["optimizer"]["param_groups"][0]["params"]) == len(self.parameters):
-                self.optimizer.load_state_dict(state["optimizer"])  # else: another set of parameters is trained now
+            kept = state.get("optimizer")  # the shipped file has none
+            if kept and len(kept["param_groups"][0]["params"]) == len(self.parameters):
+                self.optimizer.load_state_dict(kept)  # else: another set of parameters is trained now
             self.ema, self.step = state["ema"], state["step"]
 
     def save(self) -> None:

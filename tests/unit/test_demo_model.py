@@ -67,6 +67,14 @@ def test_a_diffusers_folder_of_it_draws_the_very_same_picture(tmp_path: Path):
     assert (pictures[0] == pictures[1]).all()
 
 
+def test_unpacked_for_a_second_stage_and_packed_again_it_is_the_same_file(tmp_path: Path):
+    model.unpack(tmp_path)
+    _, metadata = model.read()
+    packed = model.pack(tmp_path, tmp_path / "again.safetensors", metadata["modelspec.title"], {})
+    before, after = model.read()[0], model.read(packed)[0]
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+
+
 def test_another_file_is_refused_by_name(tmp_path: Path):
     from safetensors.torch import save_file
 

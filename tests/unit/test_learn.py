@@ -64,7 +64,8 @@ def test_the_cost_is_counted(denoiser):
     result = learn_score(denoiser, PAIRS, **SMALL, start="zero", patience=99)
     items, held = 8 * 2, 2 * 2  # 4 couples, one of them held out
     rows = 8 * (3 + 2)  # three rows at the first step, two at the last
-    decoder = rows + 12 * 4 + held * len(result.held_out)
+    calibration = items - held
+    decoder = rows + 12 * 4 + held * len(result.held_out) + calibration
     assert (result.unet_rows, result.backward_rows) == ((rows + decoder) / 2, 12 * 4)
     assert items == 16
 
