@@ -188,11 +188,11 @@ def judges_sheet(studio: Studio, path: Path, rng: np.random.Generator, columns: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("docs"))
-    parser.add_argument("--quick", action="store_true", help="a fifth of the pictures")
+    parser.add_argument("--quick", action="store_true", help="half of the pictures")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
-    scale = 5 if args.quick else 1
+    scale = 2 if args.quick else 1
     studio = Studio()
     card: dict[str, Any] = {"judges": json.loads(studio.judges.metadata["judges.report"])}
     sample_sheet(studio, args.out / "samples.png")
