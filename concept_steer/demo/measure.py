@@ -41,7 +41,7 @@ def _interval(hits: int, count: int) -> list[float]:
     z, p = 1.96, hits / count
     middle = (p + z * z / (2 * count)) / (1 + z * z / count)
     half = z * np.sqrt(p * (1 - p) / count + z * z / (4 * count * count)) / (1 + z * z / count)
-    return [round(float(middle - half), 3), round(float(middle + half), 3)]
+    return [round(max(0.0, float(middle - half)), 3), round(min(1.0, float(middle + half)), 3)]
 
 
 def _share(flags: Sequence[bool]) -> dict[str, Any]:
