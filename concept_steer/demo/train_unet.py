@@ -31,8 +31,6 @@ def train_unet(rank: int, processes: int, job: Job) -> None:
     index_of = index_of[: len(latents)]
     states = np.load(job.work / "text.npy", mmap_mode="r")
     unet = architecture.make_unet()
-    if job.start is not None:
-        unet.load_state_dict(torch.load(job.start, weights_only=True)["ema"])
     unet = speed_up(unet.to(memory_format=torch.channels_last))
     unet.set_attn_processor(architecture.plain_attention())
     scheduler: Any = DDPMScheduler(**architecture.SCHEDULE)
