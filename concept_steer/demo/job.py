@@ -110,6 +110,7 @@ def run(out: Path, *, count: int = 64, seed: int = 0, say: Say = print, watch: W
         name: {
             "share_after": judged.share("gender", "woman"),
             "kept": {label: verdict.agreement(judged, head) for label, head in KEPT.items()},
+            "skin_tone_within_one": _tones_near(verdict, judged),
             "pixel_distance": _distance(before, after[name]),
         }
         for name, judged in verdicts.items()
@@ -123,6 +124,7 @@ def run(out: Path, *, count: int = 64, seed: int = 0, say: Say = print, watch: W
         "share_before": verdict.share("gender", "woman"),
         "share_after": best["share_after"],
         "kept": best["kept"],
+        "skin_tone_within_one": best["skin_tone_within_one"],
         "pixel_distance": best["pixel_distance"],
         "role_as_prompted": {
             "before": _as_prompted(verdict, prompts),
@@ -153,6 +155,12 @@ def run(out: Path, *, count: int = 64, seed: int = 0, say: Say = print, watch: W
     (out / "report.txt").write_text(text, encoding="utf-8")
     say(text)
     return report
+
+
+def _tones_near(before: judges.Verdict, after: judges.Verdict) -> float:
+    """Share of pictures whose judged skin tone is the same or the next one: neighbours look alike through the VAE."""
+    moved = before.probabilities["tone"].argmax(1) - after.probabilities["tone"].argmax(1)
+    return float((moved.abs() <= 1).float().mean())
 
 
 def _as_prompted(verdict: judges.Verdict, prompts: Sequence[str]) -> float:
@@ -194,7 +202,8 @@ def describe(report: dict[str, Any]) -> str:
     lines = [
         f"'woman' on roles it was not learned on, N = {report['pictures']}: "
         f"{report['share_before']:.0%} women before, {report['share_after']:.0%} after (judged).",
-        f"Kept as before (judged): {kept}. Mean pixel distance {report['pixel_distance']:.3f} of 1.",
+        f"Kept as before (judged): {kept}; skin tone within one step {report['skin_tone_within_one']:.0%}. "
+        f"Mean pixel distance {report['pixel_distance']:.3f} of 1.",
     ]
     for name, cost in report["learn"].items():
         share = report["methods"][name]["share_after"]

@@ -126,7 +126,9 @@ def unpack(work: Path, path: Path = MODEL_FILE) -> None:
     state, metadata = read(path)
     work.mkdir(parents=True, exist_ok=True)
     write_tokenizer(metadata, work / "tokenizer")
-    (work / "scale.json").write_text(json.dumps({"scaling_factor": float(metadata["demo.scaling_factor"])}))
+    colours = json.loads(metadata.get("demo.latent_rgb", "null"))
+    about = {"scaling_factor": float(metadata["demo.scaling_factor"]), "latent_rgb": colours}
+    (work / "scale.json").write_text(json.dumps(about))
     unet_keys, vae_keys = architecture.make_unet().state_dict(), architecture.make_vae().state_dict()
     parts = {
         name: {key: value.float() for key, value in part.items()}
@@ -148,14 +150,16 @@ def pack(work: Path, out: Path, title: str, card: dict[str, Any]) -> Path:
     state = {k: v.to(torch.float16).contiguous() for k, v in convert.to_ldm(unet, vae, text, picture).items()}
     vocabulary = json.loads((work / "tokenizer" / "vocab.json").read_text(encoding="utf-8"))
     merges = (work / "tokenizer" / "merges.txt").read_text(encoding="utf-8").split("\n")[1:-1]
+    about = json.loads((work / "scale.json").read_text())
     metadata = {
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": ARCHITECTURE,
         "modelspec.title": title,
         "modelspec.license": "weights: Apache-2.0; pictures: Noto (Apache-2.0), Twemoji (CC-BY 4.0), Fluent (MIT)",
         "modelspec.resolution": "128x128",
-        "demo.scaling_factor": str(json.loads((work / "scale.json").read_text())["scaling_factor"]),
+        "demo.scaling_factor": str(about["scaling_factor"]),
         "demo.logit_scale": str(float(towers["log_scale"].exp())),
+        "demo.latent_rgb": json.dumps(about.get("latent_rgb")),
         "demo.card": json.dumps(card),
         "tokenizer.vocab": json.dumps(vocabulary, ensure_ascii=False, separators=(",", ":")),
         "tokenizer.merges": "\n".join(merges),

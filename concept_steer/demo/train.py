@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument(
         "--focus", type=float, default=0.0, help="UNet: share of single people with gender or tone named"
     )
+    parser.add_argument("--marks", type=float, default=0.0, help="UNet: share of pictures with an unnamed mark")
     parser.add_argument("--from-shipped", action="store_true", help="start anew from the shipped weights")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -48,7 +49,7 @@ def main() -> None:
         launch(train_vae, args.processes, job(4000, 4, 1e-3, whole=args.whole, freeze_encoder=args.freeze_encoder))
     if args.stage in ("latents", "all"):
         launch(encode_all, args.processes, job(1, 1, 1.0, count=args.count))
-        join_latents(args.work, args.processes)
+        join_latents(args.data, args.work, args.processes)
     if args.stage in ("towers", "all"):
         captions = [text for texts in load_captions(args.data) for text in texts]
         tokenizer.write(args.work / "tokenizer", *tokenizer.train(captions))
@@ -57,7 +58,7 @@ def main() -> None:
         launch(embed_captions, args.processes, job(1, 1, 1.0))
         join(args.work, "text", args.processes)
     if args.stage in ("unet", "all"):
-        launch(train_unet, args.processes, job(6000, 32, 1e-3, focus=args.focus))
+        launch(train_unet, args.processes, job(6000, 32, 1e-3, focus=args.focus, marks=args.marks))
 
 
 if __name__ == "__main__":

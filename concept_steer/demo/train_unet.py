@@ -21,6 +21,12 @@ def single_people(data: Path, count: int) -> Tensor:
     return torch.from_numpy(np.nonzero((labels["kind"] == 0) & (labels["neutral"] == 0))[0])
 
 
+def marked(data: Path, count: int) -> Tensor:
+    """Numbers of the pictures with a watermark, a QR code or a text that no caption names."""
+    labels = {name: values[:count] for name, values in np.load(data / "labels.npz").items()}
+    return torch.from_numpy(np.nonzero((labels["watermark"] >= 0) | (labels["qr"] > 0) | (labels["text"] > 0))[0])
+
+
 def train_unet(rank: int, processes: int, job: Job) -> None:
     """Noise prediction with min-SNR-5 weights (Hang et al. 2303.09556) and 10 % empty captions."""
     from diffusers import DDPMScheduler
@@ -39,13 +45,16 @@ def train_unet(rank: int, processes: int, job: Job) -> None:
     weights = torch.minimum(snr, torch.tensor(5.0)) / snr
     trainer = Trainer("unet", unet, job, rank, processes, ema=0.9995)
 
-    people = single_people(job.data, len(latents)) if job.focus else torch.arange(0)
+    wanted = ((job.focus, single_people), (job.marks, marked))
+    pools = [(share, numbers(job.data, len(latents))) for share, numbers in wanted if share]
 
     def loss_of(generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         picked = torch.randint(len(latents), (job.batch,), generator=generator)
-        if len(people):
-            chosen = people[torch.randint(len(people), (job.batch,), generator=generator)]
-            picked = torch.where(torch.rand(job.batch, generator=generator) < job.focus, chosen, picked)
+        lot, below = torch.rand(job.batch, generator=generator), 0.0
+        for share, pool in pools:
+            chosen = pool[torch.randint(len(pool), (job.batch,), generator=generator)]
+            picked = torch.where((lot >= below) & (lot < below + share), chosen, picked)
+            below += share
         which = index_of[picked, torch.randint(index_of.shape[1], (job.batch,), generator=generator)]
         which = torch.where(torch.rand(job.batch, generator=generator) < 0.1, len(unique), which)
         x = latents.at(picked, generator)

@@ -80,8 +80,21 @@ def encode_all(rank: int, processes: int, job: Job) -> None:
     np.save(out, np.concatenate(parts))
 
 
-def join_latents(work: Path, processes: int) -> None:
+def join_latents(data: Path, work: Path, processes: int) -> None:
+    """One file of all latents; their scale and their colours in `scale.json`."""
     join(work, "latents", processes)
     latents = np.load(work / "latents.npy", mmap_mode="r")
     scale = 1 / float(latents[:, :4].astype(np.float32).std())
-    (work / "scale.json").write_text(json.dumps({"scaling_factor": scale}))
+    about = {"scaling_factor": scale, "latent_rgb": latent_colours(data, work, scale)}
+    (work / "scale.json").write_text(json.dumps(about))
+
+
+def latent_colours(data: Path, work: Path, scale: float, count: int = 1500) -> list[list[float]]:
+    """A linear fit from scaled latents to colours, (4 channels and a constant) x RGB in -1..1: hosts preview with it."""
+    latents = np.load(work / "latents.npy", mmap_mode="r")[:count, :4].astype(np.float32) * scale
+    pictures = load_pictures(data)[: len(latents)].astype(np.float32) / 127.5 - 1
+    cells = latents.shape[-1]
+    small = pictures.reshape(len(pictures), cells, pictures.shape[1] // cells, cells, -1, 3).mean((2, 4))
+    inputs = latents.transpose(0, 2, 3, 1).reshape(-1, 4)
+    fit = np.linalg.lstsq(np.c_[inputs, np.ones(len(inputs))], small.reshape(-1, 3), rcond=None)[0]
+    return np.round(fit, 4).tolist()

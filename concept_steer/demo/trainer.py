@@ -28,6 +28,7 @@ class Job:
     whole: int = 0  # VAE: last steps on whole pictures instead of crops
     freeze_encoder: bool = False  # VAE: a second stage for the decoder alone leaves the latents as they are
     focus: float = 0.0  # UNet: this share of a batch are single people whose caption says more than the role
+    marks: float = 0.0  # UNet: this share of a batch carry a mark that no caption names (watermark, QR code, text)
     count: int | None = None  # use only the first pictures
 
 

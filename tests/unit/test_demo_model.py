@@ -86,8 +86,7 @@ def test_another_file_is_refused_by_name(tmp_path: Path):
         model.read(tmp_path / "nothing.safetensors")
 
 
-def test_a_prompt_that_names_a_gender_moves_the_judged_gender_its_way(studio: Studio):
-    """Same roles and seeds, "woman" against "man": the shipped state does not follow every time (model card)."""
+def test_a_prompt_that_names_a_gender_is_followed(studio: Studio):
     roles = ("doctor", "firefighter", "cook", "artist")
     shares = [
         studio.judges(studio.draw([f"a {gender} {role}" for role in roles] * 4, range(16))).probabilities["gender"][
@@ -95,7 +94,7 @@ def test_a_prompt_that_names_a_gender_moves_the_judged_gender_its_way(studio: St
         ]
         for gender in ("woman", "man")
     ]
-    assert shares[0].mean() > shares[1].mean() + 0.1
+    assert shares[0].mean() > 0.75 and shares[1].mean() < 0.25
 
 
 def test_prompts_that_name_a_role_are_followed(studio: Studio):
