@@ -19,6 +19,7 @@ __all__ = [
     "__version__",
     "import_table",
     "learn_difference",
+    "learn_pictures",
     "learn_score",
     "sample",
 ]
@@ -26,7 +27,7 @@ __all__ = [
 if TYPE_CHECKING:
     from .errors import ConceptSteerError
     from .importer import import_table
-    from .learn import LearnResult, learn_difference, learn_score
+    from .learn import LearnResult, learn_difference, learn_pictures, learn_score
     from .library import Library
     from .sampling import sample
     from .schedule import Schedule
@@ -42,6 +43,7 @@ _HOME = {
     "Steer": "steering",
     "import_table": "importer",
     "learn_difference": "learn",
+    "learn_pictures": "learn",
     "learn_score": "learn",
     "sample": "sampling",
 }

@@ -142,6 +142,13 @@ class NoiseSchedule:
         alpha, sigma = self.signal(t, x0)
         return alpha * x0 + sigma * noise
 
+    def prediction_of(self, x0: Tensor, noise: Tensor, t: Time) -> Tensor:
+        """What the model should predict at x_t = add_noise(x0, noise, t)."""
+        if self.prediction_type == "epsilon":
+            return noise
+        alpha, sigma = self.signal(t, x0)
+        return alpha * noise - sigma * x0
+
     def to_x0(self, x_t: Tensor, prediction: Tensor, t: Time) -> Tensor:
         """The clean latents that the model's prediction stands for, fp32."""
         alpha, sigma = self.signal(t, x_t)

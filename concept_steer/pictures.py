@@ -1,4 +1,5 @@
-"""Pictures that people look at: latents' pixels to PIL images, labelled grids, strips and before/after sheets."""
+"""Pictures that people look at and give: latents' pixels to PIL images, labelled grids, strips and before/after sheets;
+and a folder of pictures to pixels."""
 
 from __future__ import annotations
 
@@ -7,19 +8,51 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from .errors import ConceptSteerError
 
 Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 INK, PAPER, FRAME = (30, 30, 36), (255, 255, 255), (214, 216, 222)
+READ = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def to_images(pixels: Tensor) -> list[Image.Image]:
     """(B, 3, H, W) in [-1, 1] to RGB images."""
     array = ((pixels.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
     return [Image.fromarray(picture) for picture in np.ascontiguousarray(array)]
+
+
+def picture_files(folder: Path) -> list[Path]:
+    """The png, jpg and webp pictures of a folder, by name. Errors: ConceptSteerError, which names the folder."""
+    try:
+        files = sorted(p for p in folder.iterdir() if p.suffix.lower() in READ and not p.name.startswith("."))
+    except OSError as error:
+        raise ConceptSteerError(f"{folder} is not a folder that can be read ({error.strerror}).") from None
+    if not files:
+        raise ConceptSteerError(f"{folder} holds no pictures: put some there that end in {', '.join(READ)}.")
+    return files
+
+
+def read_pictures(files: Sequence[Path], size: tuple[int, int]) -> Tensor:
+    """Picture files as (N, 3, H, W) in [-1, 1], each cropped to its middle in the shape of size (H, W) and scaled.
+
+    What is transparent becomes white. Errors: ConceptSteerError, which names the file.
+    """
+    array = np.stack([np.asarray(_read(file, size)) for file in files])
+    return torch.from_numpy(array).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def _read(file: Path, size: tuple[int, int]) -> Image.Image:
+    try:
+        with Image.open(file) as opened:
+            image = ImageOps.exif_transpose(opened).convert("RGBA")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ConceptSteerError(f"{file} cannot be read as a picture ({error}): replace it or take it away.") from None
+    paper = Image.new("RGBA", image.size, PAPER)
+    return ImageOps.fit(Image.alpha_composite(paper, image).convert("RGB"), size[::-1], Image.Resampling.LANCZOS)
 
 
 def _wrapped(draw: ImageDraw.ImageDraw, text: str, font: Font, width: int) -> str:
@@ -74,6 +107,28 @@ def grid(
             if y < len(wrapped) and x < len(wrapped[y]):
                 draw.multiline_text((place[0], place[1] + cell + 1), wrapped[y][x], font=font, fill=INK, spacing=2)
     return canvas
+
+
+def before_after(
+    before: Sequence[Image.Image],
+    after: Sequence[Image.Image],
+    captions: Sequence[str],
+    title: str,
+    label: str,
+    columns: int = 8,
+) -> Image.Image:
+    """Pairs of pictures over each other, `columns` pairs a row, with captions under the lower ones.
+
+    label: what the lower ones have. Its lines are wrapped, the title is not.
+    """
+    rows, under, names = [], [], []
+    for first in range(0, len(before), columns):
+        part = slice(first, first + columns)
+        rows += [list(before[part]), list(after[part])]
+        under += [[""] * len(before[part]), list(captions[part])]
+        names += ["without", f"with {label}"]
+    cell = max(128, min(256, before[0].width))
+    return grid(rows, captions=under, rows=names, title=title, cell=cell)
 
 
 def save(image: Image.Image, path: Path) -> Path:

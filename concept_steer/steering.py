@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, get_args
@@ -68,17 +68,19 @@ class Steer:
 
     def mask_for(self, h: Tensor) -> Tensor | None:
         """(1, 1, H, W), fp32, at the size of h and on its device; kept with the steer."""
+        return self.mask_at(h.shape[-2:], h.device)
+
+    def mask_at(self, size: Sequence[int], device: torch.device) -> Tensor | None:
+        """As `mask_for`, for a size (H, W) that is known before h is."""
         if self.mask is None:
             return None
-        key = (tuple(h.shape[-2:]), h.device)
+        key = (tuple(size), device)
         masks: dict[Any, Tensor] = self.__dict__["_masks"]
         if key not in masks:
             with torch.inference_mode(False):  # kept for later, perhaps for learning
                 # antialias: from 512 pixels down to 8, plain bilinear reads so few that a small region may vanish
-                resized = F.interpolate(
-                    self.mask[None], h.shape[-2:], mode="bilinear", align_corners=False, antialias=True
-                )
-                masks[key] = resized.clamp(0, 1).to(h.device)
+                resized = F.interpolate(self.mask[None], key[0], mode="bilinear", align_corners=False, antialias=True)
+                masks[key] = resized.clamp(0, 1).to(device)
         return masks[key]
 
     @cached_property
@@ -109,24 +111,30 @@ def delta(h: Tensor, steer: Steer, timestep: float) -> Tensor | None:
     gain = steer.gain(timestep)
     if gain == 0.0:
         return None
-    c = _sized(steer.vector.at(timestep, h.device), h)
-    if steer.operator == "add":
-        result = c * gain
-    else:
-        v = F.normalize(c, dim=1)
-        presence = (h.float() * v).sum(dim=1, keepdim=True)  # (B, 1, H, W)
-        if steer.operator == "remove":
-            result = presence.clamp_min(0) * v * -gain
-        else:
-            result = c * gain * (presence > steer.threshold)
+    c = sized(steer.vector.at(timestep, h.device), h.shape[-2:])
+    result = formula(h, c, gain, steer.operator, steer.threshold)
     mask = steer.mask_for(h)
     return result if mask is None else result * mask
+
+
+def formula(h: Tensor, c: Tensor, gain: float | Tensor, operator: Operator, threshold: float | Tensor = 0.0) -> Tensor:
+    """The three operators, fp32: h (B, C, H, W), c (1, C, H or 1, W or 1) fp32, gain a number or (B, 1, 1, 1).
+
+    Pure tensor code without branches on values, so that a compiled UNet stays in one graph.
+    """
+    if operator == "add":
+        return c * gain
+    v = F.normalize(c, dim=1)
+    presence = (h.float() * v).sum(dim=1, keepdim=True)  # (B, 1, H, W)
+    if operator == "remove":
+        return presence.clamp_min(0) * v * -gain
+    return c * gain * (presence > threshold)
 
 
 def total(h: Tensor, steers: Sequence[Steer], timestep: float) -> Tensor | None:
     """The sum of all deltas, fp32, broadcastable to h, or None. The order of `steers` never changes a bit."""
     result: Tensor | None = None
-    for steer in _ordered(steers):
+    for steer in in_order(steers):
         part = delta(h, steer, timestep)
         if part is not None:
             result = part if result is None else result + part
@@ -168,17 +176,19 @@ def check_steers(steers: Sequence[Steer], family: str, channels: int) -> None:
         check(steer.vector.family, steer.vector.channels, family, channels, source=source)
 
 
-def _ordered(steers: Sequence[Steer]) -> list[Steer]:
-    return list(steers) if len(steers) < 2 else sorted(steers, key=lambda s: s.order)
+def in_order(steers: Iterable[Steer]) -> list[Steer]:
+    """Sorted by what they are, so that no sum depends on the order in which they were given."""
+    found = list(steers)
+    return found if len(found) < 2 else sorted(found, key=lambda s: s.order)
 
 
-def _sized(c: Tensor, h: Tensor) -> Tensor:
-    """(C,) as (1, C, 1, 1); (C, H, W) as (1, C, H, W) at the size of h, bilinear."""
+def sized(c: Tensor, size: Sequence[int]) -> Tensor:
+    """(C,) as (1, C, 1, 1); (C, H, W) as (1, C, *size), bilinear."""
     if c.ndim == 1:
         return c.view(1, -1, 1, 1)
-    if c.shape[-2:] == h.shape[-2:]:
+    if tuple(c.shape[-2:]) == tuple(size):
         return c[None]
-    return F.interpolate(c[None], h.shape[-2:], mode="bilinear", align_corners=False)
+    return F.interpolate(c[None], tuple(size), mode="bilinear", align_corners=False)
 
 
 def _checked_mask(mask: Tensor, name: str) -> Tensor:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from .. import __version__
 from .help import Commands, command, positive
 from .models import VectorSpec, add_model_options, draw, load_checkpoint, load_vector, vector_spec
-from .output import before_after, ready_folder, write_picture
+from .output import ready_folder, write_picture
 
 if TYPE_CHECKING:
     from ..steering import Steer
@@ -86,6 +86,8 @@ def _apply(args: argparse.Namespace) -> int:
         write_picture(old, out / f"{run:04d}-{seed}-without.png", {**settings, "seed": seed})
         write_picture(new, out / f"{run:04d}-{seed}-with.png", {**settings, "seed": seed, "vectors": used})
     words = ", ".join(f"{steer.vector.name} {steer.strength:g}" for steer in steers)
+    from ..pictures import before_after
+
     sheet = before_after(before, after, [f"seed {seed}" for seed in seeds], args.prompt, words)
     path = write_picture(sheet, out / f"{run:04d}-sheet.png", {**settings, "seeds": seeds, "vectors": used})
     print(f"{args.count} pictures without and {args.count} with {words} are in {out}; both side by side: {path}")

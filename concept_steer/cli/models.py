@@ -87,6 +87,16 @@ def _device(name: str) -> str:
     return name
 
 
+def picture_size(denoiser: Denoiser) -> tuple[int, int]:
+    """(H, W) in pixels of the pictures that the model draws."""
+    import torch
+
+    channels, height, width = denoiser.latent_shape
+    with torch.inference_mode():
+        pixels = denoiser.decode(torch.zeros(1, channels, 8, 8, device=denoiser.device, dtype=denoiser.dtype))
+    return height * pixels.shape[-2] // 8, width * pixels.shape[-1] // 8
+
+
 def load_vector(name: str) -> tuple[ConceptVector, Path]:
     """A vector and its file: an existing file, or a name or hash in the library. Errors: ConceptSteerError."""
     from ..library import Library, default_folders

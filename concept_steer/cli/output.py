@@ -53,22 +53,3 @@ def write_picture(image: Image, path: Path, settings: Mapping[str, Any]) -> Path
     buffer = io.BytesIO()
     image.save(buffer, "PNG", pnginfo=texts)
     return write_atomic(path, buffer.getvalue(), overwrite=True)
-
-
-def before_after(
-    before: Sequence[Image], after: Sequence[Image], captions: Sequence[str], title: str, label: str, columns: int = 8
-) -> Image:
-    """Pairs of pictures over each other, `columns` pairs a row, with captions under the lower ones.
-
-    label: what the lower ones have. Its lines are wrapped, the title is not.
-    """
-    from ..pictures import grid
-
-    rows, under, names = [], [], []
-    for first in range(0, len(before), columns):
-        part = slice(first, first + columns)
-        rows += [list(before[part]), list(after[part])]
-        under += [[""] * len(before[part]), list(captions[part])]
-        names += ["without", f"with {label}"]
-    cell = max(128, min(256, before[0].width))
-    return grid(rows, captions=under, rows=names, title=title, cell=cell)

@@ -14,24 +14,6 @@ from .models import load_vector
 if TYPE_CHECKING:
     from ..vector import ConceptVector
 
-# In the order in which they are shown, before all other info; safetensors keeps no order.
-LABELS = {
-    "description": "about",
-    "usage_hint": "how to use it",
-    "tags": "tags",
-    "author": "author",
-    "license": "licence",
-    "date": "date",
-    "method": "learned by",
-    "steps": "steps",
-    "seed": "seed",
-    "prompt_neutral": "neutral prompts",
-    "prompt_positive": "positive prompts",
-    "picture_set_hash": "picture set",
-    "checkpoint_hash": "checkpoint",
-    "calibration": "RMS of h when learned",
-    "effect": "measured effect",
-}
 SHORT = 10  # hex digits
 
 
@@ -77,8 +59,7 @@ def add_import(commands: Commands, common: argparse.ArgumentParser) -> None:
 
 def _show(args: argparse.Namespace) -> int:
     vector, path = load_vector(args.vector)
-    about = _about(vector, path)
-    print(json.dumps(about, indent=1, ensure_ascii=False) if args.json else _in_words(vector, about))
+    print(json.dumps(_about(vector, path), indent=1, ensure_ascii=False) if args.json else _in_words(vector, path))
     return 0
 
 
@@ -97,44 +78,13 @@ def _about(vector: ConceptVector, path: Path) -> dict[str, Any]:
     }
 
 
-def _in_words(vector: ConceptVector, about: dict[str, Any]) -> str:
-    from ..family import family
+def _in_words(vector: ConceptVector, path: Path) -> str:
+    from ..describe import lines
 
-    lines = [
-        ("title", vector.title or "none"),
-        ("file", about["file"]),
-        ("made for", f"{family(vector.family).title} ({vector.family})"),
-        ("acts at", "the UNet's mid block (h-space)" if vector.site == "mid" else vector.site),
-        ("shape", f"{tuple(vector.tensor.shape)}: {_shape_in_words(vector)}"),
-        ("norm", f"{vector.norm:.4g}"),
-        ("fingerprint", vector.fingerprint),
-    ]
-    keys = [key for key in LABELS if key in vector.info] + sorted(set(vector.info) - set(LABELS))
-    lines += [(LABELS.get(key, key.replace("_", " ")), _text(vector.info[key])) for key in keys]
-    wide = max(len(label) for label, _ in lines) + 2
+    found = lines(vector, path)
+    wide = max(len(label) for label, _ in found) + 2
     indent = "\n" + " " * wide
-    return "\n".join(f"{label:<{wide}}{value.replace(chr(10), indent)}" for label, value in lines)
-
-
-def _shape_in_words(vector: ConceptVector) -> str:
-    each = "one value per channel, fits any picture size"
-    if vector.spatial:
-        height, width = vector.tensor.shape[-2:]
-        each = f"a {height} x {width} map per channel, resized to the picture"
-    if vector.per_timestep:
-        each += f"; for each of the timesteps {', '.join(f'{t:g}' for t in vector.timesteps)}"
-    return each
-
-
-def _text(value: str) -> str:
-    """JSON objects as one `key: value` a line, other texts as they are."""
-    try:
-        found = json.loads(value)
-    except (ValueError, RecursionError):
-        return value
-    if not isinstance(found, dict):
-        return value
-    return "\n".join(f"{key}: {json.dumps(item) if isinstance(item, dict) else item}" for key, item in found.items())
+    return "\n".join(f"{label:<{wide}}{value.replace(chr(10), indent)}" for label, value in found)
 
 
 def _list(args: argparse.Namespace) -> int:

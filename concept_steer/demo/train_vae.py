@@ -90,11 +90,11 @@ def join_latents(data: Path, work: Path, processes: int) -> None:
 
 
 def latent_colours(data: Path, work: Path, scale: float, count: int = 1500) -> list[list[float]]:
-    """A linear fit from scaled latents to colours, (4 channels and a constant) x RGB in -1..1: hosts preview with it."""
+    """A linear fit from scaled latents to colours, (4 channels and a constant) x RGB in -1..1, for live previews."""
     latents = np.load(work / "latents.npy", mmap_mode="r")[:count, :4].astype(np.float32) * scale
     pictures = load_pictures(data)[: len(latents)].astype(np.float32) / 127.5 - 1
     cells = latents.shape[-1]
     small = pictures.reshape(len(pictures), cells, pictures.shape[1] // cells, cells, -1, 3).mean((2, 4))
     inputs = latents.transpose(0, 2, 3, 1).reshape(-1, 4)
     fit = np.linalg.lstsq(np.c_[inputs, np.ones(len(inputs))], small.reshape(-1, 3), rcond=None)[0]
-    return np.round(fit, 4).tolist()
+    return [[round(float(value), 4) for value in row] for row in fit]

@@ -20,10 +20,11 @@ Pairs = Sequence[tuple[str, str]]  # (neutral, positive) prompts
 class LearnResult:
     """A learned vector and how it went.
 
-    losses: the training loss per step (score); held_out: the held-out loss at each check, the first at the start.
+    losses: per step (none for difference); held_out: the held-out loss at each check, the first at the start.
     separation: how often <h, v> is larger under the positive prompt than under the neutral one on held-out seeds
     (area under the ROC curve: .5 is chance, 1 perfect). explained: 1 - held-out loss, the share of the positive
-    prompt's own effect on the prediction that the vector reproduces. unet_rows: forward cost in rows of the whole UNet.
+    prompt's own effect on the prediction that the vector reproduces. For `learn_pictures` they compare pictures with
+    reference pictures and with the noise: see there. unet_rows: forward cost in rows of the whole UNet.
     """
 
     vector: ConceptVector
@@ -40,10 +41,13 @@ class LearnResult:
     def summary(self) -> str:
         """Two or three lines in plain words."""
         lines = [f"{self.vector.title or 'vector'}: learned by {self.method}, {self.stopped}."]
-        if self.explained is not None:
+        if self.explained is not None and self.method == "pictures":
+            lines.append(f"It takes {self.explained:.1%} off the prediction's error on unseen pictures.")
+        elif self.explained is not None:
             lines.append(f"It reproduces {self.explained:.0%} of the prompt's own effect on unseen seeds.")
         if self.separation is not None:
-            lines.append(f"It tells the two prompts apart in {self.separation:.0%} of cases (50% is chance).")
+            two = "pictures with and without it" if self.method == "pictures" else "the two prompts"
+            lines.append(f"It tells {two} apart in {self.separation:.0%} of cases (50% is chance).")
         cost = f"{self.unet_rows:.0f} UNet rows forward, {self.backward_rows} backward through the decoder half"
         lines.append(f"Cost: {self.seconds:.1f} s, {cost}.")
         return "\n".join(lines)
@@ -106,23 +110,44 @@ def auc(positive: Tensor, neutral: Tensor) -> float:
     return float(((difference > 0).double() + 0.5 * (difference == 0).double()).mean())
 
 
+def separation_of(groups: Sequence[tuple[Tensor, Tensor]], direction: Tensor) -> float | None:
+    """Mean of the AUC of <h, direction> over groups (h with the concept, h without); None for a zero direction."""
+    if not bool(direction.any()):
+        return None
+    found = [auc(projection(high, direction), projection(low, direction)) for high, low in groups]
+    return sum(found) / len(found)
+
+
 def rms(h: Tensor) -> float:
     return float(h.float().square().mean().sqrt())
+
+
+def vector_of(denoiser: Denoiser, tensor: Tensor, title: str, missed: str, **info: Any) -> ConceptVector:
+    """The vector with its metadata; LearnError when a value is not finite or nothing was learned (zero).
+
+    missed: what it then did not do, e.g. "no vector tried came nearer to 'a woman' than no vector at all", and what
+    to try.
+    """
+    if not bool(torch.isfinite(tensor).all()):
+        raise LearnError("The vector holds values that are not finite: the model gives NaN. Try dtype float32.")
+    if not bool(tensor.any()):
+        raise LearnError(f"Nothing was learned: {missed}")
+    texts = {key: f"{value:.6g}" if isinstance(value, float) else str(value) for key, value in info.items()}
+    texts["checkpoint_hash"] = denoiser.checkpoint_hash
+    return ConceptVector(tensor, denoiser.family, title=title, info=texts)
 
 
 def finished_vector(
     denoiser: Denoiser, tensor: Tensor, pairs: list[tuple[str, str]], title: str, **info: Any
 ) -> ConceptVector:
-    """The vector with its metadata; LearnError when nothing was learned (zero) or a value is not finite."""
-    if not bool(torch.isfinite(tensor).all()):
-        raise LearnError("The vector holds values that are not finite: the model gives NaN. Try dtype float32.")
-    if not bool(tensor.any()):
-        raise LearnError(
-            f"Nothing was learned: no vector tried came nearer to {pairs[0][1]!r} than no vector at all. Check that "
-            "the two prompts change this model's pictures, or give more steps and trajectories."
-        )
-    texts = {key: f"{value:.6g}" if isinstance(value, float) else str(value) for key, value in info.items()}
-    texts["prompt_neutral"] = " | ".join(dict.fromkeys(neutral for neutral, _ in pairs))
-    texts["prompt_positive"] = " | ".join(dict.fromkeys(positive for _, positive in pairs))
-    texts["checkpoint_hash"] = denoiser.checkpoint_hash
-    return ConceptVector(tensor, denoiser.family, title=title or pairs[0][1], info=texts)
+    """`vector_of` for what was learned from pairs of prompts."""
+    return vector_of(
+        denoiser,
+        tensor,
+        title or pairs[0][1],
+        f"no vector tried came nearer to {pairs[0][1]!r} than no vector at all. Check that the two prompts change this "
+        "model's pictures, or give more steps and trajectories.",
+        **info,
+        prompt_neutral=" | ".join(dict.fromkeys(neutral for neutral, _ in pairs)),
+        prompt_positive=" | ".join(dict.fromkeys(positive for _, positive in pairs)),
+    )

@@ -21,14 +21,10 @@ LARGE_STATE = 4 * 2**20  # bytes: above this a cached HState is kept in fp16, be
 
 
 @dataclass
-class Cache:
-    """n items, one per noisy latent: state i (1 row), neutral and positive predictions (n, C, H, W), h under the
-    positive prompt (n, C, H, W), bucket (n,) = index of the timestep, held_out (n,) bool."""
+class Items:
+    """n noisy latents: state i (1 row), bucket (n,) = index of the timestep, held_out (n,) bool."""
 
     states: list[HState]
-    neutral: Tensor
-    positive: Tensor
-    positive_h: Tensor
     bucket: Tensor
     held_out: Tensor
 
@@ -36,8 +32,31 @@ class Cache:
         picked = HState.cat([self.states[i] for i in index])
         return picked.to(device=denoiser.device, dtype=denoiser.dtype)
 
+
+@dataclass
+class Cache(Items):
+    """Items whose states are those under the neutral prompt, with the predictions under both prompts (n, C, H, W) and
+    h under the positive prompt (n, C, H, W)."""
+
+    neutral: Tensor
+    positive: Tensor
+    positive_h: Tensor
+
     def neutral_h(self) -> Tensor:
         return torch.cat([state.h.float().cpu() for state in self.states])
+
+
+def even_weight(error: Tensor, *labels: Tensor) -> Tensor:
+    """(n,): 1 / the mean of `error` (n,) over the items with the same labels (n,) each; infinite where that is 0.
+
+    With the timestep as a label every timestep counts the same; with `held_out` as another, what has just that error
+    scores exactly 1 in training and in checks.
+    """
+    _, group = torch.unique(torch.stack([label.long() for label in labels], 1), dim=0, return_inverse=True)
+    weight = torch.ones_like(error)
+    for number in group.unique():
+        weight[group == number] = 1 / error[group == number].mean()
+    return weight
 
 
 def build_cache(
@@ -88,7 +107,7 @@ def build_cache(
             mine = state[torch.arange(size, device=x.device)]  # a copy: the other rows' memory is given back
             held = [couple in kept_out for couple, _ in items]
             high = state.h[size : 2 * size].float().cpu()
-            parts.append((_packed(mine, size), neutral.cpu(), positive.cpu(), high, step, held))
+            parts.append((packed(mine, size), neutral.cpu(), positive.cpu(), high, step, held))
             if not last:
                 prediction = torch.where(follow, positive, neutral)
                 if empty:
@@ -106,7 +125,7 @@ def build_cache(
     )
 
 
-def _packed(state: HState, size: int) -> HState:
+def packed(state: HState, size: int) -> HState:
     """Small states stay as they are; large ones go to the CPU in fp16 (SD1 at 512 pixels: 13 MB a row, not 26)."""
     one = sum(tensor.numel() * tensor.element_size() for tensor in (state.h, *state.skips)) // size
     if one <= LARGE_STATE:

@@ -15,12 +15,15 @@ HEAVY = ("torch", "numpy", "safetensors", "PIL", *FOREIGN)
 COMMANDS = ("demo", "learn", "apply", "show", "list", "import", "export-demo")
 
 
+HOST_ONLY = ("comfy_demo", "comfy_denoiser")  # imported by nodes that run; they subclass and call ComfyUI's classes
+
+
 def core_modules() -> list[str]:
-    """All modules but demo/ and the command line. hosts/ counts: it imports its host only when a model is loaded."""
+    """All modules but demo/, the command line and HOST_ONLY. The rest of hosts/ imports its host only when used."""
     found = []
     for path in sorted(PACKAGE.rglob("*.py")):
         parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
-        if parts[1] not in ("demo", "cli", "__main__"):
+        if parts[1] not in ("demo", "cli", "__main__") and parts[-1] not in HOST_ONLY:
             found.append(".".join(parts[:-1] if parts[-1] == "__init__" else parts))
     return found
 

@@ -17,6 +17,7 @@ from concept_steer.cli import apply, main
 from concept_steer.cli.models import VectorSpec, load_checkpoint, vector_spec
 from concept_steer.cli.output import SETTINGS_KEY
 from concept_steer.errors import ConceptSteerError
+from concept_steer.pictures import picture_files, read_pictures
 from concept_steer.steering import Operator, Rows
 
 pytest.importorskip("diffusers")
@@ -40,6 +41,17 @@ def library(tmp_path, monkeypatch):
     monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
     return tmp_path / "library"
+
+
+@pytest.fixture
+def cats(tmp_path):
+    """A folder of four pictures of different kinds and sizes, beside what is no picture."""
+    folder = tmp_path / "cats"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    for i, name in enumerate(("a.png", "b.jpg", "c.webp", "d.JPEG")):
+        Image.effect_noise((20 + 4 * i, 30), 40 + 10 * i).convert("RGB").save(folder / name)
+    return folder
 
 
 @pytest.fixture
@@ -94,6 +106,24 @@ def test_learn_by_difference_makes_a_map_in_a_file_of_any_folder(checkpoint, tmp
     assert [p.name for p in out.parent.iterdir()] == ["smile.safetensors"]
     assert run(*args, "--overwrite") == 0
     assert sorted(p.name for p in out.parent.iterdir()) == ["smile.png", "smile.safetensors"]
+
+
+def test_learn_takes_a_folder_of_pictures(checkpoint, library, cats, capsys):
+    args = ("learn", "--checkpoint", checkpoint, "--pictures", cats, "--prompt", "a cat", "--steps", 2, "--batch", 8)
+    assert run(*args, "--out", "my cat", "--name", "My cat") == 0
+    vector = ConceptVector.load(library / "my cat.safetensors")
+    assert (vector.title, vector.tensor.shape) == ("My cat", (32,))
+    assert [vector.info[key] for key in ("method", "prompt", "pictures", "steps")] == ["pictures", "a cat", "4", "2"]
+    settings = json.loads(Image.open(library / "my cat.png").text[SETTINGS_KEY])
+    assert settings["prompts"] == ["a cat"] * 4
+    assert "learned by pictures" in capsys.readouterr().out
+    others = cats.parent / "others"
+    others.mkdir()
+    for i in range(2):
+        Image.effect_noise((16, 16), 90).convert("RGB").save(others / f"{i}.png")
+    assert run(*args, "--without", others, "--method", "pictures", "--no-preview") == 0
+    contrast = ConceptVector.load(library / "a cat.safetensors")
+    assert contrast.info["pictures_without"] == "2"
 
 
 def test_ctrl_c_while_learning_saves_the_best_vector_so_far(checkpoint, library, monkeypatch, capsys):
@@ -232,6 +262,28 @@ def test_version_and_help(capsys):
 # --- what goes wrong
 
 
+@pytest.mark.parametrize("option", ["--pictures", "--without"])
+def test_a_folder_without_pictures_and_a_broken_picture_are_named(option, checkpoint, cats, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    args = ["learn", "--checkpoint", checkpoint, "--pictures", cats, "--prompt", "a cat", "--out", "v"]
+    unloaded = ["learn", "--checkpoint", "nowhere", *args[3:]]  # found before the model is loaded
+    assert "empty holds no pictures" in refused(capsys, *unloaded, option, tmp_path / "empty")
+    assert "missing is not a folder that can be read" in refused(capsys, *unloaded, option, tmp_path / "missing")
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "cat.png").write_bytes((cats / "a.png").read_bytes()[:200])
+    assert "cat.png cannot be read as a picture" in refused(capsys, *args, option, broken)
+
+
+def test_a_single_picture_is_too_few(checkpoint, cats, capsys):
+    for name in ("b.jpg", "c.webp", "d.JPEG"):
+        (cats / name).unlink()
+    message = refused(
+        capsys, "learn", "--checkpoint", checkpoint, "--pictures", cats, "--prompt", "a cat", "--out", "v"
+    )
+    assert "too few pictures: 1" in message
+
+
 def test_an_unknown_vector_is_named_with_close_ones_and_the_folders(checkpoint, woman, library, capsys):
     message = refused(capsys, "apply", "--checkpoint", checkpoint, "--prompt", "a", "--vector", "wamon")
     assert "wamon" in message and "Did you mean woman?" in message and str(library) in message
@@ -333,6 +385,13 @@ def test_an_unknown_family_is_refused_with_the_known_ones(tmp_path, capsys):
         ("learn", *PAIR, "--neutral", "a face", "--positive", "a smile"),
         ("learn", *PAIR, "--method", "magic"),
         ("learn", *PAIR, "--method", "difference", "--steps", "5"),
+        ("learn", "--pictures", "cats"),
+        ("learn", "--method", "pictures", "--prompt", "a cat"),
+        ("learn", "--pictures", "cats", "--prompt", "a cat", *PAIR),
+        ("learn", "--pictures", "cats", "--prompt", "a cat", "--method", "score"),
+        ("learn", "--pictures", "cats", "--prompt", "a cat", "--trajectories", "8"),
+        ("learn", *PAIR, "--without", "cats"),
+        ("learn", *PAIR, "--prompt", "a cat"),
         ("import", "t.pt", "--names", "n.json", "--height", "8", "--width", "eight", "--family", "sd1"),
         ("demo", "--count", "many"),
     ],
@@ -387,6 +446,23 @@ def test_vector_options_are_read(text, spec):
 
 def test_the_choices_are_those_of_the_core():
     assert (get_args(Rows), get_args(Operator)) == (apply.ROWS, apply.OPERATORS)
+
+
+def test_pictures_are_cropped_to_their_middle_turned_upright_and_laid_on_white(tmp_path):
+    wide = Image.new("RGB", (40, 20), "red")
+    wide.paste("blue", (10, 0, 30, 20))
+    wide.save(tmp_path / "1 wide.png")
+    turned = Image.new("RGB", (20, 20), "black")
+    turned.paste("white", (0, 0, 20, 10))
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    turned.save(tmp_path / "2 turned.webp", exif=exif, lossless=True)
+    Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path / "3 clear.PNG")
+    pixels = read_pictures(picture_files(tmp_path), (10, 10))
+    assert pixels.shape == (3, 3, 10, 10) and (pixels.min(), pixels.max()) == (-1, 1)
+    assert (pixels[0, 2] > 0.7).all() and (pixels[0, 0] < -0.7).all()
+    assert (pixels[1, :, 0] == -1).all() and (pixels[1, :, 9] == 1).all()
+    assert (pixels[2] == 1).all()
 
 
 def test_a_bad_device_is_found_before_the_model_is_read():
