@@ -144,3 +144,13 @@ def save(image: Image.Image, path: Path) -> Path:
             f"{path} cannot be written ({error.strerror or error}): choose another folder."
         ) from None
     return path
+
+
+def stacked(images: Sequence[Image.Image]) -> Image.Image:
+    """One above the other, on white."""
+    paper = Image.new("RGB", (max(image.width for image in images), sum(image.height for image in images)), PAPER)
+    top = 0
+    for image in images:
+        paper.paste(image, (0, top))
+        top += image.height
+    return paper

@@ -20,7 +20,8 @@ def curves(
     font, bold = ImageFont.load_default(13), ImageFont.load_default(15)
     image = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(image)
-    left, top, right, bottom = 56, 48, size[0] - 14, size[1] - (62 if footer else 42)
+    under = _wrapped(draw, footer, font, size[0] - 16) if footer else []
+    left, top, right, bottom = 56, 48, size[0] - 14, size[1] - 42 - 18 * len(under)
     points = [(x, y) for _, _, values in lines for x, y in values if math.isfinite(x) and math.isfinite(y)]
     draw.text((8, 5), title, font=bold, fill=INK)
     draw.rectangle([left, top, right, bottom], outline=FRAME)
@@ -47,8 +48,7 @@ def curves(
                 draw.ellipse([x - 3, y - 3, x + 3, y + 3], fill=colour)
             draw.text((left + 8 + 200 * number, 27), name, font=font, fill=colour)
     draw.text(((left + right) / 2, bottom + 4), x_label, font=font, fill=INK, anchor="mt")
-    if footer:
-        draw.text((8, size[1] - 22), footer, font=font, fill=INK)
+    draw.multiline_text((8, bottom + 22), "\n".join(under), font=font, fill=INK)
     return image
 
 

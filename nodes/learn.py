@@ -14,6 +14,7 @@ from ..concept_steer.denoiser import Denoiser
 from ..concept_steer.errors import LearnError
 from ..concept_steer.learn import LearnResult, learn_difference, learn_pictures, learn_score
 from ..concept_steer.learn.preview import Preview, learning_curve
+from ..concept_steer.pictures import stacked
 from ..concept_steer.vector import ConceptVector
 from .common import Vector, schema, to_image_tensor, to_pixels
 
@@ -44,11 +45,15 @@ class _Watch:
             image = self.preview.sheet(vector, f"step {step} of {steps}, loss {loss:.3f}")
         self._at(CACHING + (100 - CACHING) * step / steps, image)
 
-    def _at(self, percent: float, image: Image.Image | None = None) -> None:
+    def last(self, image: Image.Image) -> None:
+        """The page goes on showing a node's last live picture in front of its outputs: let it be the right one."""
+        self._at(100, image, 1024)
+
+    def _at(self, percent: float, image: Image.Image | None = None, side: int = 768) -> None:
         if self.stop():
             return
         try:
-            self.bar.update_absolute(int(percent), 100, None if image is None else ("JPEG", image, 768))
+            self.bar.update_absolute(int(percent), 100, None if image is None else ("JPEG", image, side))
         except comfy.model_management.InterruptProcessingException:
             self.interrupted = True  # the bar asks too; it must not throw away what has been learned
 
@@ -65,15 +70,18 @@ def _denoiser(model: Any, clip: Any, vae: Any, size: int) -> Denoiser:
 
 
 def _learned(cls: Any, result: LearnResult, watch: _Watch) -> io.NodeOutput:
-    """Vector, report and before/after picture; the curve and the picture on the node."""
-    curve = to_image_tensor([learning_curve(result)])
-    shown = ui.PreviewImage(curve, cls=cls).as_dict()
-    pictures = curve
+    """Vector, report and before/after picture; the picture, and the curve where there is one, on the node."""
+    pictures = []
     if watch.preview is not None:
-        pictures = to_image_tensor([watch.preview.sheet(result.vector, "before and after")])
-        shown["images"] = [*ui.PreviewImage(pictures, cls=cls).as_dict()["images"], *shown["images"]]
+        pictures.append(watch.preview.sheet(result.vector, "before and after"))
+    if result.losses or not pictures:
+        pictures.append(learning_curve(result))
+    if watch.preview is not None:
+        watch.last(stacked(pictures))
+    shown = [to_image_tensor([picture]) for picture in pictures]
+    saved = [image for picture in shown for image in ui.PreviewImage(picture, cls=cls).as_dict()["images"]]
     watch.finish()
-    return io.NodeOutput(result.vector, result.summary(), pictures, ui=shown)
+    return io.NodeOutput(result.vector, result.summary(), shown[0], ui={"images": saved, "animated": (False,)})
 
 
 def _lines(text: str) -> list[str]:

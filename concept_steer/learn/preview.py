@@ -53,21 +53,16 @@ class Preview:
 
 
 def learning_curve(result: LearnResult) -> Image.Image:
-    """Loss per step and held-out loss at each check, with the held-out separation in words below."""
+    """Loss per step and held-out loss at each check, with the rest of the report in words below."""
     steps = len(result.losses)
     training = [(float(i + 1), loss) for i, loss in enumerate(result.losses)]
     checks = len(result.held_out) - 1
     every = max(1, steps // 10)
     held = [(float(min(i * every, steps)), loss) for i, loss in enumerate(result.held_out)] if checks > 0 else []
-    words = []
-    if result.explained is not None:
-        words.append(f"explains {result.explained:.0%} on unseen seeds")
-    if result.separation is not None:
-        words.append(f"held-out separation {result.separation:.0%} (50% is chance)")
-    words.append(f"{result.seconds:.1f} s, {result.unet_rows:.0f} UNet rows")
+    words = result.summary().splitlines()[1:]
     return curves(
         [("training loss", BLUE, training), ("held-out loss", ORANGE, held)],
         title=f"{result.vector.name}: learned by {result.method}, {result.stopped}",
         x_label="step",
-        footer="; ".join(words),
+        footer=" ".join(words),
     )
