@@ -21,7 +21,7 @@ from .common import Vector, schema, to_image_tensor, to_pixels
 SCORE, DIFFERENCE = "the model's own predictions (best)", "difference of means (fastest)"
 CACHING = 40  # percent of the progress bar that drawing trajectories takes
 PREVIEWS = 4  # live previews while learning
-PICTURE_STEPS = 200
+PICTURE_STEPS = 100
 
 
 class _Watch:

@@ -82,6 +82,33 @@ def test_a_conditioning_in_both_lists_is_told_by_its_index():
     assert torch.equal(out[0], h[0]) and not torch.equal(out[1], h[1])
 
 
+def test_an_areas_copy_in_another_list_gets_an_id_of_its_own_and_no_vector():
+    """ComfyUI copies the conditioning of an area, with id and vector, to make the other side's part of that area."""
+    steer = Steer(vector())
+    given = {"uuid": "a", KEY: (steer,)}
+    copy, other = dict(given), {"uuid": "n"}
+    one = guider(positive=[given], negative=[other, copy])
+    one.original_conds = {"positive": [given], "negative": [other]}
+    rows = Rows.of(one, torch.zeros(1, 4, 16, 16))
+    assert given == {"uuid": "a", KEY: (steer,)} and copy["uuid"] not in ("a", "n")
+    assert Rows.of(one, torch.zeros(1, 4, 16, 16)) == rows  # once is enough
+    h = rand(2, C, 4, 4)
+    for layout in ((1, 0), (0, 2)):  # DualCFG's index 0 is the negative
+        settings = options([Steer(vector(seed=1))], layout, **{ROWS: rows, "uuids": [copy["uuid"], "a"]})
+        out = run(h, settings)
+        both = vector().tensor + vector(seed=1).tensor
+        assert torch.equal(out[0], h[0])
+        assert torch.allclose(out[1], h[1] + both.view(-1, 1, 1), atol=1e-6)
+
+
+def test_a_conditioning_that_the_guider_does_not_know_is_no_prompt():
+    """The older PerpNeg node runs its empty prompt by itself, as index 0."""
+    rows = Rows.of(guider(positive=[{"uuid": "p"}], negative=[{"uuid": "n"}]), torch.zeros(1, 4, 16, 16))
+    h, settings = rand(1, C, 4, 4), options([Steer(vector())], (0,))
+    assert torch.equal(run(h, {**settings, ROWS: rows, "uuids": ["e"]}), h)
+    assert not torch.equal(run(h, {**settings, ROWS: rows, "uuids": ["p"]}), h)
+
+
 def test_a_prompt_with_its_own_steer_changes_alone_even_on_the_negative_side():
     steer = Steer(vector())
     conds = {"positive": [{"uuid": "p"}], "negative": [{"uuid": "n", KEY: (steer,)}]}
