@@ -21,6 +21,7 @@ from . import host as hosts
 
 FOLDER = Path(__file__).parent / "inside"
 LIMIT = 3600  # seconds for all checks
+SLOW = ("check_families:", "check_learning:a_")  # large models, and compilation
 TOLERANCE = 2e-5  # between two hosts' float32 predictions, which are up to 4.4; measured 2.2e-6
 
 
@@ -68,7 +69,9 @@ def _is_check(item: pytest.Item) -> bool:
     return getattr(item, "callspec", None) is not None and "check" in item.callspec.params  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("check", checks())
+@pytest.mark.parametrize(
+    "check", [pytest.param(c, marks=pytest.mark.slow if c.startswith(SLOW) else ()) for c in checks()]
+)
 def test_inside(check, results, record_property):
     result = results[check]
     record_property("measured", result["measured"])
