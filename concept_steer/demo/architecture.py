@@ -33,6 +33,14 @@ UNET: dict[str, Any] = {
     "attention_head_dim": 6,  # diffusers' name for the number of heads
     "norm_num_groups": 32,
 }
+# An SD-like twin, to check conclusions on: its text also enters beside the bottleneck, at two levels of both halves.
+TWIN: dict[str, Any] = {
+    **UNET,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "attention_head_dim": [4, 4, 6],
+}
+LAYOUTS = {"mid": UNET, "sd": TWIN}
 TEXT: dict[str, Any] = {
     "hidden_size": TEXT_WIDTH,
     "intermediate_size": 4 * TEXT_WIDTH,
@@ -67,10 +75,16 @@ def make_vae():
     return AutoencoderKL(**VAE)
 
 
-def make_unet(**changes):
+def make_unet(layout: str = "mid", **changes):
+    """layout: "mid" (the embedded model: text in the mid block only) or "sd" (its twin)."""
     from diffusers import UNet2DConditionModel
 
-    return UNet2DConditionModel(**{**UNET, **changes})
+    return UNet2DConditionModel(**{**LAYOUTS[layout], **changes})
+
+
+def attention_up(layout: str) -> tuple[bool, ...]:
+    """Which levels of the decoder half have attention; the key names of the ldm layout depend on it."""
+    return tuple(block.startswith("CrossAttn") for block in LAYOUTS[layout]["up_block_types"])
 
 
 def make_text_tower(tokenizer_folder: Path):

@@ -64,9 +64,9 @@ def _is_vae_attention(key: str) -> bool:
     return key.endswith(".weight") and (".mid.attn_1." in key) and ".norm." not in key
 
 
-def to_ldm(unet, vae, text, picture) -> dict[str, Tensor]:
+def to_ldm(unet, vae, text, picture, attention_up: tuple[bool, ...] = (False, False, False)) -> dict[str, Tensor]:
     """One state dict in ldm layout from diffusers' and transformers' state dicts (any dtype, kept)."""
-    out = {UNET_PREFIX + unet_key(key): value for key, value in unet.items()}
+    out = {UNET_PREFIX + unet_key(key, attention_up=attention_up): value for key, value in unet.items()}
     for key, value in vae.items():
         name = vae_key(key)
         out[VAE_PREFIX + name] = value[:, :, None, None] if _is_vae_attention(name) else value
@@ -75,9 +75,11 @@ def to_ldm(unet, vae, text, picture) -> dict[str, Tensor]:
     return {key: value.contiguous() for key, value in out.items()}
 
 
-def from_ldm(state: dict[str, Tensor], unet_keys, vae_keys) -> dict[str, dict[str, Tensor]]:
+def from_ldm(
+    state: dict[str, Tensor], unet_keys, vae_keys, attention_up: tuple[bool, ...] = (False, False, False)
+) -> dict[str, dict[str, Tensor]]:
     """The inverse of `to_ldm`: {"unet", "vae", "text", "picture"}; key lists come from the modules to be filled."""
-    unet = {key: state[UNET_PREFIX + unet_key(key)] for key in unet_keys}
+    unet = {key: state[UNET_PREFIX + unet_key(key, attention_up=attention_up)] for key in unet_keys}
     vae = {}
     for key in vae_keys:
         name = vae_key(key)

@@ -80,8 +80,10 @@ def load(path: Path = MODEL_FILE, device: str = "cpu", dtype: torch.dtype = torc
         files = write_tokenizer(metadata, Path(folder))
         tokens = tokenizer.load(files)
         text = architecture.make_text_tower(files)
-    unet, vae, picture = architecture.make_unet(), architecture.make_vae(), architecture.make_picture_tower()
-    parts = convert.from_ldm(state, list(unet.state_dict()), list(vae.state_dict()))
+    layout = metadata.get("demo.layout", "mid")
+    unet, vae, picture = architecture.make_unet(layout), architecture.make_vae(), architecture.make_picture_tower()
+    ups = architecture.attention_up(layout)
+    parts = convert.from_ldm(state, list(unet.state_dict()), list(vae.state_dict()), ups)
     scale = float(metadata["demo.scaling_factor"])
     vae.register_to_config(scaling_factor=scale)
     for module, name in ((unet, "unet"), (vae, "vae"), (text, "text"), (picture, "picture")):
@@ -140,14 +142,15 @@ def unpack(work: Path, path: Path = MODEL_FILE) -> None:
         torch.save({"model": weights, "ema": weights, "step": 0}, work / f"{name}.pt")
 
 
-def pack(work: Path, out: Path, title: str, card: dict[str, Any]) -> Path:
+def pack(work: Path, out: Path, title: str, card: dict[str, Any], layout: str = "mid") -> Path:
     """Join the trained parts of WORK into one fp16 safetensors file in ldm layout, the tokenizer in its metadata."""
     from safetensors.torch import save_file
 
     vae, towers, unet = (torch.load(work / f"{n}.pt", weights_only=True)["ema"] for n in ("vae", "towers", "unet"))
     text = {k.removeprefix("text."): v for k, v in towers.items() if k.startswith("text.")}
     picture = {k.removeprefix("picture."): v for k, v in towers.items() if k.startswith("picture.")}
-    state = {k: v.to(torch.float16).contiguous() for k, v in convert.to_ldm(unet, vae, text, picture).items()}
+    joined = convert.to_ldm(unet, vae, text, picture, architecture.attention_up(layout))
+    state = {k: v.to(torch.float16).contiguous() for k, v in joined.items()}
     vocabulary = json.loads((work / "tokenizer" / "vocab.json").read_text(encoding="utf-8"))
     merges = (work / "tokenizer" / "merges.txt").read_text(encoding="utf-8").split("\n")[1:-1]
     about = json.loads((work / "scale.json").read_text())
@@ -161,6 +164,7 @@ def pack(work: Path, out: Path, title: str, card: dict[str, Any]) -> Path:
         "demo.logit_scale": str(float(towers["log_scale"].exp())),
         "demo.latent_rgb": json.dumps(about.get("latent_rgb")),
         "demo.card": json.dumps(card),
+        "demo.layout": layout,
         "tokenizer.vocab": json.dumps(vocabulary, ensure_ascii=False, separators=(",", ":")),
         "tokenizer.merges": "\n".join(merges),
     }

@@ -34,10 +34,16 @@ def main() -> None:
         "--focus", type=float, default=0.0, help="UNet: share of single people with gender or tone named"
     )
     parser.add_argument("--marks", type=float, default=0.0, help="UNet: share of pictures with an unnamed mark")
+    parser.add_argument("--layout", choices=["mid", "sd"], default="mid", help="UNet: sd is the SD-like twin")
+    parser.add_argument("--skip-dropout", type=float, default=0.0, help="UNet: of the skips into the deepest levels")
+    parser.add_argument("--out", type=Path, help="pack the parts in WORK into this file, and train nothing")
     parser.add_argument("--from-shipped", action="store_true", help="start anew from the shipped weights")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
+    if args.out:
+        model.pack(args.work, args.out, "Concept Steer demo model", {}, args.layout)
+        return
     if args.from_shipped:
         model.unpack(args.work)
 
@@ -58,7 +64,8 @@ def main() -> None:
         launch(embed_captions, args.processes, job(1, 1, 1.0))
         join(args.work, "text", args.processes)
     if args.stage in ("unet", "all"):
-        launch(train_unet, args.processes, job(6000, 32, 1e-3, focus=args.focus, marks=args.marks))
+        unet = {"layout": args.layout, "skip_dropout": args.skip_dropout}
+        launch(train_unet, args.processes, job(6000, 32, 1e-3, focus=args.focus, marks=args.marks, **unet))
 
 
 if __name__ == "__main__":

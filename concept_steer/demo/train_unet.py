@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import architecture
 from .fast_norm import speed_up
@@ -27,6 +27,34 @@ def marked(data: Path, count: int) -> Tensor:
     return torch.from_numpy(np.nonzero((labels["watermark"] >= 0) | (labels["qr"] > 0) | (labels["text"] > 0))[0])
 
 
+def warm_start(unet: nn.Module) -> None:
+    """Convolutions of the shipped model; all attention stays new, so that text finds its own ways in."""
+    from .model import load
+
+    known = load().unet.state_dict()
+    unet.load_state_dict({key: v for key, v in known.items() if ".attentions." not in key}, strict=False)
+
+
+class SkipDropout:
+    """Leaves a picture's skips into the two deepest levels of the decoder out, this often, while `draw`n for a batch."""
+
+    def __init__(self, unet: Any, share: float) -> None:
+        self.share = share
+        self.kept: Tensor | None = None
+        for block in unet.up_blocks[:2]:
+            block.register_forward_pre_hook(self._before, with_kwargs=True)
+
+    def draw(self, batch: int, generator: torch.Generator) -> None:
+        if self.share > 0:
+            self.kept = (torch.rand(batch, 1, 1, 1, generator=generator) >= self.share).float()
+
+    def _before(self, module: nn.Module, args: Any, given: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        if self.kept is None:
+            return None
+        skips = given["res_hidden_states_tuple"]
+        return args, {**given, "res_hidden_states_tuple": tuple(skip * self.kept.to(skip.dtype) for skip in skips)}
+
+
 def train_unet(rank: int, processes: int, job: Job) -> None:
     """Noise prediction with min-SNR-5 weights (Hang et al. 2303.09556) and 10 % empty captions."""
     from diffusers import DDPMScheduler
@@ -36,7 +64,10 @@ def train_unet(rank: int, processes: int, job: Job) -> None:
     unique, index_of = caption_table(job.data)
     index_of = index_of[: len(latents)]
     states = np.load(job.work / "text.npy", mmap_mode="r")
-    unet = architecture.make_unet()
+    unet = architecture.make_unet(job.layout)
+    if job.layout != "mid" and not (job.work / "unet.pt").exists():
+        warm_start(unet)
+    skips = SkipDropout(unet, job.skip_dropout)
     unet = speed_up(unet.to(memory_format=torch.channels_last))
     unet.set_attn_processor(architecture.plain_attention())
     scheduler: Any = DDPMScheduler(**architecture.SCHEDULE)
@@ -63,6 +94,7 @@ def train_unet(rank: int, processes: int, job: Job) -> None:
         a = alphas[t].view(-1, 1, 1, 1)
         noisy = (a.sqrt() * x + (1 - a).sqrt() * noise).contiguous(memory_format=torch.channels_last)
         text = torch.from_numpy(states[which.numpy()]).float()
+        skips.draw(job.batch, generator)
         with torch.autocast("cpu", torch.bfloat16):
             predicted = unet(noisy, t, encoder_hidden_states=text, return_dict=False)[0]
         error = (predicted.float() - noise).square().mean((1, 2, 3))

@@ -29,6 +29,8 @@ class Job:
     freeze_encoder: bool = False  # VAE: a second stage for the decoder alone leaves the latents as they are
     focus: float = 0.0  # UNet: this share of a batch are single people whose caption says more than the role
     marks: float = 0.0  # UNet: this share of a batch carry a mark that no caption names (watermark, QR code, text)
+    layout: str = "mid"  # UNet: see architecture.LAYOUTS
+    skip_dropout: float = 0.0  # UNet: how often a picture's skips into the two deepest levels are left out
     count: int | None = None  # use only the first pictures
 
 

@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 pytest.importorskip("diffusers")
 
-from concept_steer.demo import convert, judges, model
+from concept_steer.demo import architecture, convert, judges, model
 from concept_steer.demo.job import Studio
 from concept_steer.errors import ConceptSteerError
 
@@ -73,6 +73,15 @@ def test_unpacked_for_a_second_stage_and_packed_again_it_is_the_same_file(tmp_pa
     packed = model.pack(tmp_path, tmp_path / "again.safetensors", metadata["modelspec.title"], {})
     before, after = model.read()[0], model.read(packed)[0]
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_a_twin_is_packed_and_loaded_in_its_own_layout(tmp_path: Path):
+    model.unpack(tmp_path)
+    twin = architecture.make_unet("sd").half().float().state_dict()
+    torch.save({"model": twin, "ema": twin, "step": 0}, tmp_path / "unet.pt")
+    packed = model.pack(tmp_path, tmp_path / "twin.safetensors", "twin", {}, "sd")
+    loaded = model.load(packed).unet.state_dict()
+    assert loaded.keys() == twin.keys() and all(torch.equal(loaded[key], twin[key]) for key in twin)
 
 
 def test_another_file_is_refused_by_name(tmp_path: Path):

@@ -58,13 +58,15 @@ def test_any_text_encodes_and_the_tokenizer_survives_its_files(work: Path):
     assert tokens.unk_token_id not in ids[1:-1]
 
 
-@pytest.mark.parametrize("stage", ["towers", "unet"])
-def test_a_resumed_training_equals_one_that_was_never_stopped(stage: str, work: Path, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("stage", "more"), [("towers", {}), ("unet", {}), ("unet", {"layout": "sd", "skip_dropout": 0.5})]
+)
+def test_a_resumed_training_equals_one_that_was_never_stopped(stage: str, more: dict, work: Path, tmp_path: Path):
     worker = {"towers": train_towers, "unet": train_unet}[stage]
     for name in ("latents.npy", "scale.json", "text.npy"):
         (tmp_path / name).symlink_to(work / name)
     (tmp_path / "tokenizer").symlink_to(work / "tokenizer")
-    job = trainer.Job(work, tmp_path, steps=4, batch=2, rate=1e-3, save_every=2)
+    job = trainer.Job(work, tmp_path, steps=4, batch=2, rate=1e-3, save_every=2, **more)
     torch.set_num_threads(1)
     worker(0, 1, job)
     whole = torch.load(tmp_path / f"{stage}.pt", weights_only=True)
@@ -134,6 +136,34 @@ def test_the_unet_lets_text_in_through_its_mid_block_only():
     unet = architecture.make_unet()
     crossing = [name for name, _ in unet.named_modules() if name.endswith("attn2")]
     assert crossing and all(name.startswith("mid_block.") for name in crossing)
+
+
+def test_the_twin_lets_text_in_at_two_levels_too_and_starts_from_the_shipped_convolutions():
+    from concept_steer.demo import model, train_unet
+
+    unet = architecture.make_unet("sd")
+    crossing = {name.split(".")[0] + name.split(".")[1] for name, _ in unet.named_modules() if name.endswith("attn2")}
+    assert crossing >= {"down_blocks1", "down_blocks2", "up_blocks0", "up_blocks1"} and "down_blocks0" not in crossing
+    before = {key: value.clone() for key, value in unet.state_dict().items()}
+    train_unet.warm_start(unet)
+    shipped = model.load().unet.state_dict()
+    for key, value in unet.state_dict().items():
+        assert torch.equal(value, before[key] if ".attentions." in key else shipped[key]), key
+
+
+def test_skip_dropout_leaves_whole_pictures_skips_out_of_the_two_deepest_levels():
+    from concept_steer.demo.train_unet import SkipDropout
+
+    torch.manual_seed(0)
+    unet = architecture.make_unet("sd").eval()
+    dropout = SkipDropout(unet, 0.5)
+    inputs = torch.randn(8, 4, 16, 16), torch.tensor([500] * 8), torch.randn(8, 77, 128)
+    with torch.no_grad():
+        before = unet(*inputs).sample
+        dropout.draw(8, torch.Generator().manual_seed(0))
+        after = unet(*inputs).sample
+    same = (before == after).flatten(1).all(1)
+    assert dropout.kept is not None and torch.equal(same, dropout.kept.flatten().bool()) and 0 < same.sum() < 8
 
 
 def test_judges_never_train_on_what_they_are_tested_on():
