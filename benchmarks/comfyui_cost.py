@@ -8,12 +8,16 @@ Learning: seconds and peak memory against sampling of the same size, on the same
 from __future__ import annotations
 
 import argparse
+import cProfile
 import os
+import random
 import resource
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +30,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--cells", type=int, nargs="+", default=[32, 64])
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--ways", nargs="+", help="only these ways, e.g. 'one vector'")
     parser.add_argument("--learn", action="store_true", help="also measure learning (minutes on a CPU)")
     return parser.parse_args()
 
@@ -46,9 +51,9 @@ def main() -> None:
     with torch.inference_mode():
         model = sd15()
         for cells in asked.cells:
-            steering(model, cells, asked.rounds)
+            steering(model, cells, asked.rounds, asked.ways)
         if asked.learn:
-            learning(model, asked.cells[0])
+            learning(model, min(asked.cells))
 
 
 def sd15() -> Any:
@@ -81,7 +86,7 @@ def clock() -> float:
     return time.process_time() if on_cpu else time.perf_counter()
 
 
-def steering(model: Any, cells: int, rounds: int) -> None:
+def steering(model: Any, cells: int, rounds: int, only: list[str] | None = None) -> None:
     import comfy.samplers
     import torch
 
@@ -98,34 +103,83 @@ def steering(model: Any, cells: int, rounds: int) -> None:
         "one with a mask": steer_model(model, [Steer(vectors[0], mask=mask)]),
         "four with a mask": steer_model(model, [Steer(v, mask=mask) for v in vectors]),
     }
+    ways = {name: patched for name, patched in ways.items() if not only or name in only}
     text = [[torch.randn(1, 77, 768), {}]]
     latent = torch.randn(1, 4, cells, cells)
 
-    def seconds(patched: Any, steps: int = 2) -> float:
+    def seconds(patched: Any, steps: int = 3) -> list[float]:
+        """Each step of one run but the first, which also pays for the set-up."""
         guider = comfy.samplers.CFGGuider(patched)
         guider.set_conds(text, text)
         guider.set_cfg(7.0)
         marks: list[float] = []
         sampler = comfy.samplers.sampler_object("euler")
-        sigmas = torch.tensor([10.0, 5.0, 2.0, 1.0][: steps + 1])
+        sigmas = torch.linspace(10.0, 1.0, steps + 1)
         guider.sample(
             latent, torch.zeros_like(latent), sampler, sigmas, disable_pbar=True,
             callback=lambda *_: marks.append(clock()), seed=1,
         )  # fmt: skip
-        return marks[-1] - marks[-2]  # one whole step between two callbacks
+        return [after - before for before, after in pairwise(marks)]
 
     seconds(model)
+    for name, patched in ways.items():
+        if patched is not model:
+            own, whole = own_seconds(lambda way=patched: seconds(way, 2))
+            print(
+                f"  {name}: {1000 * own:.1f} ms of its own in {whole:.2f} s of sampling: x {1 + own / whole:.5f}",
+                flush=True,
+            )
+    if not rounds:
+        return
     base: list[float] = []
     ratios: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(rounds):
+    for turn in range(rounds):
         for name, patched in ways.items():
-            plain = seconds(model)
-            base.append(plain)
-            ratios[name].append(seconds(patched) / plain)
+            # plain and steered in turns, either first: what drifts (heat, other work) falls on both alike
+            first, second = seconds(patched if turn % 2 else model), seconds(model if turn % 2 else patched)
+            steered, plain = (first, second) if turn % 2 else (second, first)
+            base += plain
+            ratios[name] += [a / b for a, b in zip(steered, plain, strict=True)]
     middle = statistics.median(base)
-    print(f"{cells} x {cells} latent: {middle:.3f} s a step (processor time on a CPU), both rows, unsteered")
+    print(f"{cells} x {cells} latent: {middle:.3f} s a step, both rows, unsteered ({len(base)} steps)")
     for name, values in ratios.items():
-        print(f"  {name}: x {statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})", flush=True)
+        low, high = interval(values)
+        print(
+            f"  {name}: x {statistics.median(values):.3f} (95 % interval of the median {low:.3f} to {high:.3f})",
+            flush=True,
+        )
+
+
+def own_seconds(run: Callable[[], object]) -> tuple[float, float]:
+    """Seconds that Concept Steer's functions and what they call took (the profiler's own time included), and all.
+
+    What they call on the host's side is the model itself, which is not theirs: it runs with or without them.
+    """
+    profile = cProfile.Profile()
+    began = time.perf_counter()
+    profile.runcall(run)
+    whole, own = time.perf_counter() - began, 0.0
+    for entry in profile.getstats():
+        if _ours(entry.code):
+            own += entry.inlinetime + sum(
+                call.totaltime for call in entry.calls or () if not _ours(call.code) and not _hosts(call.code)
+            )
+    return own, whole
+
+
+def _ours(code: Any) -> bool:
+    return "/concept_steer/" in getattr(code, "co_filename", "")
+
+
+def _hosts(code: Any) -> bool:
+    return str(HOST) + "/comfy" in getattr(code, "co_filename", "")
+
+
+def interval(values: list[float], draws: int = 2000) -> tuple[float, float]:
+    """95 % bootstrap interval of the median."""
+    chance = random.Random(0)
+    medians = sorted(statistics.median(chance.choices(values, k=len(values))) for _ in range(draws))
+    return medians[int(0.025 * draws)], medians[int(0.975 * draws) - 1]
 
 
 def learning(model: Any, cells: int) -> None:
