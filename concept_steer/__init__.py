@@ -21,13 +21,14 @@ __all__ = [
     "learn_difference",
     "learn_pictures",
     "learn_score",
+    "learn_self_discovery",
     "sample",
 ]
 
 if TYPE_CHECKING:
     from .errors import ConceptSteerError
     from .importer import import_table
-    from .learn import LearnResult, learn_difference, learn_pictures, learn_score
+    from .learn import LearnResult, learn_difference, learn_pictures, learn_score, learn_self_discovery
     from .library import Library
     from .sampling import sample
     from .schedule import Schedule
@@ -45,6 +46,7 @@ _HOME = {
     "learn_difference": "learn",
     "learn_pictures": "learn",
     "learn_score": "learn",
+    "learn_self_discovery": "learn",
     "sample": "sampling",
 }
 

@@ -23,6 +23,7 @@ _FORBIDDEN = '<>:"/\\|?*'
 _WINDOWS = re.compile(r"(con|prn|aux|nul|com\d|lpt\d|conin\$|conout\$)(\..*)?", re.IGNORECASE)
 _HASH = re.compile(r"[0-9a-f]{10,64}")
 _LONGEST = 120
+ATTRIBUTE_SUFFIX = ".attribute.safetensors"
 
 
 @dataclass(frozen=True)
@@ -175,6 +176,8 @@ def _scan(folder: Path) -> list[Entry]:
         for file in sorted(files):
             path = Path(place) / file
             inside = path.resolve().is_relative_to(root)
+            if path.name.endswith(ATTRIBUTE_SUFFIX):  # sets of vectors, see fairness/attributes.py
+                continue
             if path.suffix == SUFFIX and inside and path.is_file() and not _unsafe(path.stem):
                 found.append(Entry(path.relative_to(folder).with_suffix("").as_posix(), path))
     return found

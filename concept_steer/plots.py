@@ -14,34 +14,50 @@ Line = tuple[str, tuple[int, int, int], Sequence[tuple[float, float]]]  # name, 
 
 
 def curves(
-    lines: Sequence[Line], *, title: str = "", x_label: str = "", footer: str = "", size: tuple[int, int] = (560, 300)
+    lines: Sequence[Line],
+    *,
+    title: str = "",
+    x_label: str = "",
+    footer: str = "",
+    size: tuple[int, int] = (560, 300),
+    log_x: bool = False,
 ) -> Image.Image:
-    """Some lines in one frame, with both axes labelled. Values that are not finite are left out."""
+    """Some lines in one frame, with both axes labelled. Values that are not finite are left out.
+
+    log_x: x on a logarithmic scale, with every power of ten marked; x that is not above 0 is left out.
+    """
     font, bold = ImageFont.load_default(13), ImageFont.load_default(15)
     image = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(image)
     under = _wrapped(draw, footer, font, size[0] - 16) if footer else []
     left, top, right, bottom = 56, 48, size[0] - 14, size[1] - 42 - 18 * len(under)
-    points = [(x, y) for _, _, values in lines for x, y in values if math.isfinite(x) and math.isfinite(y)]
+    drawn = [(name, colour, [point for point in values if _shown(point, log_x)]) for name, colour, values in lines]
+    points = [point for _, _, values in drawn for point in values]
     draw.text((8, 5), title, font=bold, fill=INK)
     draw.rectangle([left, top, right, bottom], outline=FRAME)
     if points:
         x_low, x_high = min(x for x, _ in points), max(x for x, _ in points)
         y_low, y_high = min(0.0, min(y for _, y in points)), max(y for _, y in points)
-        x_wide, y_wide = (x_high - x_low) or 1.0, (y_high - y_low) or 1.0
+        y_wide = (y_high - y_low) or 1.0
+        scale = math.log10 if log_x else float
+        x_wide = (scale(x_high) - scale(x_low)) or 1.0
 
         def place(x: float, y: float) -> tuple[float, float]:
-            return left + (x - x_low) / x_wide * (right - left), bottom - (y - y_low) / y_wide * (bottom - top)
+            across = (scale(x) - scale(x_low)) / x_wide
+            return left + across * (right - left), bottom - (y - y_low) / y_wide * (bottom - top)
 
         for part in range(5):
             value = y_low + y_wide * part / 4
             y = place(x_low, value)[1]
             draw.line([(left, y), (right, y)], fill=FRAME)
             draw.text((left - 6, y), f"{value:.3g}", font=font, fill=INK, anchor="rm")
+        for value in _powers(x_low, x_high) if log_x else []:
+            draw.line([place(value, y_low), place(value, y_high)], fill=FRAME)
+            draw.text((place(value, y_high)[0] + 4, top + 2), f"{value:g}", font=font, fill=INK)
         for value in (x_low, x_high):
             draw.text((place(value, y_low)[0], bottom + 4), f"{value:g}", font=font, fill=INK, anchor="mt")
-        for number, (name, colour, values) in enumerate(lines):
-            kept = [place(x, y) for x, y in values if math.isfinite(x) and math.isfinite(y)]
+        for number, (name, colour, values) in enumerate(drawn):
+            kept = [place(x, y) for x, y in values]
             if len(kept) > 1:
                 draw.line(kept, fill=colour, width=2)
             for x, y in kept if len(kept) <= 25 else []:
@@ -50,6 +66,17 @@ def curves(
     draw.text(((left + right) / 2, bottom + 4), x_label, font=font, fill=INK, anchor="mt")
     draw.multiline_text((8, bottom + 22), "\n".join(under), font=font, fill=INK)
     return image
+
+
+def _shown(point: tuple[float, float], log_x: bool) -> bool:
+    x, y = point
+    return math.isfinite(x) and math.isfinite(y) and (x > 0 or not log_x)
+
+
+def _powers(low: float, high: float) -> list[float]:
+    """The powers of ten from low to high."""
+    first, last = math.ceil(math.log10(low)), math.floor(math.log10(high))
+    return [10.0**power for power in range(first, last + 1)]
 
 
 def card(title: str, rows: Sequence[tuple[str, str]], picture: Image.Image | None = None, width: int = 640):

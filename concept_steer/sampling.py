@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,6 +13,34 @@ from .errors import ConceptSteerError
 
 Keep = Callable[[int, float, Tensor], None]
 Progress = Callable[[int, int], None]
+
+
+class GuideRun(Protocol):
+    """One batch of B pictures under a guidance method, from its first step to its last; holds what runs along."""
+
+    @property
+    def prompts(self) -> Sequence[Sequence[str]]:
+        """Texts to predict beside each picture's own: K lists of B. Each list is one more UNet row per picture."""
+        ...
+
+    def needs(self, step: int) -> bool:
+        """Whether the K further predictions are wanted at this step; False saves their rows."""
+        ...
+
+    def combine(self, step: int, t: float, uncond: Tensor, cond: Tensor, extra: Tensor | None) -> Tensor:
+        """The prediction to go on with. uncond, cond: (B, C, H, W); extra: (K, B, C, H, W), None if not needed; fp32.
+
+        All are predictions of the noise, whatever the model itself predicts. Called once a step, in order.
+        """
+        ...
+
+
+class Guide(Protocol):
+    """A guidance method in place of plain classifier-free guidance (SEGA, Safe Latent Diffusion, ...)."""
+
+    def begin(self, pictures: range, steps: int, guidance: float) -> GuideRun:
+        """A fresh state for one batch: `pictures` are the numbers of its pictures in the whole call of `sample`."""
+        ...
 
 
 def noise(seed: int, shape: Sequence[int]) -> Tensor:
@@ -54,12 +83,15 @@ def sample(
     start_latents: Tensor | None = None,
     keep: Keep | None = None,
     progress: Progress | None = None,
+    guide: Guide | None = None,
 ) -> Tensor:
     """Latents (N, C, H, W), fp32, one picture per prompt and seed.
 
     steers: one list for all pictures, or one list per picture. guidance 1 leaves the unconditional rows out.
     start_latents: (N, C, H, W) noise to start from instead of the seeds' (any size). `batch` counts pictures.
     keep(step, t, x) sees the noisy latents of each batch before each step; progress(done, total) counts steps.
+    guide: combines the predictions instead of plain guidance; it gets the unconditional rows also at guidance 1, and
+    the rows of its own texts, which no steer touches.
     """
     count = len(prompts)
     if len(seeds) != count:
@@ -72,7 +104,7 @@ def sample(
         return torch.empty(0, *denoiser.latent_shape)
     per_picture = steers_of_rows(steers, count)
     cond = encode_rows(denoiser, prompts)
-    uncond = denoiser.encode_text([negative]) if guidance != 1 else None
+    uncond = denoiser.encode_text([negative]) if guidance != 1 or guide is not None else None
     times = timesteps(denoiser.schedule, steps)
     total = steps * ((count + batch - 1) // batch)
     done = 0
@@ -92,18 +124,60 @@ def sample(
             mine = [*mine, *mine]
         mine = mine if any(mine) else ()
         is_cond = [False] * (len(batch_cond) - size) + [True] * size
+        run = None if guide is None else guide.begin(range(rows.start, rows.stop), steps, guidance)
+        further = None if run is None else _further_rows(denoiser, run, size)
         for step, t in enumerate(times):
             if keep is not None:
                 keep(step, t, x)
             inputs = x.to(denoiser.dtype)
             inputs = torch.cat([inputs, inputs]) if uncond is not None else inputs
-            prediction = denoiser.predict(inputs, t, batch_cond, mine, is_cond).float()
-            if uncond is not None:
-                free, text = prediction.chunk(2)
-                prediction = free + guidance * (text - free)
+            if run is not None:
+                prediction = _guided(denoiser, run, step, t, inputs, batch_cond, further, mine, is_cond)
+            else:
+                prediction = denoiser.predict(inputs, t, batch_cond, mine, is_cond).float()
+                if uncond is not None:
+                    free, text = prediction.chunk(2)
+                    prediction = free + guidance * (text - free)
             x = ddim_step(denoiser.schedule, x, prediction, t, times[step + 1] if step + 1 < steps else None)
             done += 1
             if progress is not None:
                 progress(done, total)
         finished.append(x)
     return torch.cat(finished)
+
+
+def _further_rows(denoiser: Denoiser, run: GuideRun, size: int) -> Conditioning | None:
+    """The guide's own texts as K * size rows; None when it has none."""
+    texts = [text for group in run.prompts for text in group]
+    if len(texts) != size * len(run.prompts):
+        raise ConceptSteerError(f"A guide must name one text per picture ({size}) in each of its lists of prompts.")
+    return encode_rows(denoiser, texts) if texts else None
+
+
+def _guided(
+    denoiser: Denoiser,
+    run: GuideRun,
+    step: int,
+    t: float,
+    inputs: Tensor,
+    cond: Conditioning,
+    further: Conditioning | None,
+    steers: Steers,
+    is_cond: list[bool],
+) -> Tensor:
+    """One step's prediction by a guide. inputs, cond: the unconditional rows and then the pictures' own."""
+    size, count = inputs.shape[0] // 2, 0
+    if further is not None and run.needs(step):
+        count = len(further) // size
+        inputs = torch.cat([inputs, inputs[:size].repeat(count, 1, 1, 1)])
+        cond = Conditioning.cat([cond, further])
+        steers = [*steers_of_rows(steers, 2 * size), *[()] * (count * size)] if steers else ()
+        is_cond = [*is_cond, *[True] * (count * size)]
+    predicted = denoiser.predict(inputs, t, cond, steers, is_cond).float()
+    rows = denoiser.schedule.to_epsilon(inputs, predicted, t)
+    extra = rows[2 * size :].unflatten(0, (count, size)) if count else None
+    guided = run.combine(step, t, rows[:size], rows[size : 2 * size], extra)
+    if denoiser.schedule.prediction_type == "epsilon":
+        return guided
+    alpha, _ = denoiser.schedule.signal(t, guided)
+    return predicted[:size] + (guided - rows[:size]) / alpha.clamp(min=1e-4)  # v moves by 1 / alpha of the noise's move

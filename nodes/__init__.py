@@ -10,7 +10,7 @@ except ImportError as error:
         "Your other nodes are not affected."
     ) from error
 
-from . import demo, learn, steer, strip, vectors
+from . import demo, discover, fair, learn, safe_latent_diffusion, steer, strip, vectors
 from .common import register_folder
 
 
@@ -19,7 +19,16 @@ class ConceptSteerExtension(ComfyExtension):
         register_folder()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [*demo.NODES, *vectors.NODES, *steer.NODES, *learn.NODES, *strip.NODES]
+        return [
+            *demo.NODES,
+            *vectors.NODES,
+            *steer.NODES,
+            *learn.NODES,
+            *strip.NODES,
+            *fair.NODES,
+            *discover.NODES,
+            *safe_latent_diffusion.NODES,
+        ]
 
 
 async def comfy_entrypoint() -> ConceptSteerExtension:

@@ -14,6 +14,7 @@ import torch
 from comfy_api.latest import io
 from PIL import Image
 
+from ..concept_steer.denoiser import Denoiser
 from ..concept_steer.errors import ConceptSteerError
 from ..concept_steer.library import Library
 from ..concept_steer.vector import ConceptVector
@@ -97,3 +98,15 @@ def to_pictures(images: torch.Tensor) -> list[Image.Image]:
     """IMAGE (B, H, W, C) -> PIL pictures."""
     array = (images[..., :3].float().clamp(0, 1) * 255).round().byte().cpu().numpy()
     return [Image.fromarray(picture) for picture in array]
+
+
+def denoiser_of(model: Any, clip: Any, vae: Any, size: int) -> Denoiser:
+    """What learning works on. size: of its pictures in pixels, 0 for the model's own."""
+    from ..concept_steer.hosts.comfy_denoiser import ComfyDenoiser
+
+    return ComfyDenoiser(model, clip, vae, size or None)
+
+
+def lines_of(text: str) -> list[str]:
+    """The lines of a text field that say something."""
+    return [line.strip() for line in text.splitlines() if line.strip()]

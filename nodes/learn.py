@@ -8,68 +8,21 @@ import comfy.model_management
 import comfy.utils
 import torch
 from comfy_api.latest import io, ui
-from PIL import Image
 
-from ..concept_steer.denoiser import Denoiser
 from ..concept_steer.errors import LearnError
-from ..concept_steer.learn import LearnResult, learn_difference, learn_pictures, learn_score
+from ..concept_steer.learn import LearnResult, learn_difference, learn_pictures, learn_score, learn_self_discovery
 from ..concept_steer.learn.preview import Preview, learning_curve
 from ..concept_steer.pictures import stacked
-from ..concept_steer.vector import ConceptVector
-from .common import Vector, schema, to_image_tensor, to_pixels
+from .common import Vector, denoiser_of, lines_of, schema, to_image_tensor, to_pixels
+from .watch import Watch
 
 SCORE, DIFFERENCE = "the model's own predictions (best)", "difference of means (fastest)"
-CACHING = 40  # percent of the progress bar that drawing trajectories takes
-PREVIEWS = 4  # live previews while learning
+SELF_DISCOVERY = "self-discovery (the published recipe, slow)"
+RECIPE_BATCH = 8  # pictures a step, as published
 PICTURE_STEPS = 100
 
 
-class _Watch:
-    """Progress bar with live preview, and ComfyUI's Interrupt button: it ends learning, the best so far is kept."""
-
-    def __init__(self, node_id: Any, preview: Preview | None) -> None:
-        self.bar = comfy.utils.ProgressBar(100, node_id=node_id)
-        self.preview = preview
-        self.interrupted = False
-
-    def stop(self) -> bool:
-        self.interrupted = self.interrupted or comfy.model_management.processing_interrupted()
-        return self.interrupted
-
-    def caching(self, done: int, total: int) -> None:
-        self._at(CACHING * done / total)
-
-    def step(self, step: int, steps: int, loss: float, vector: ConceptVector) -> None:
-        image = None
-        if self.preview is not None and step % max(1, steps // PREVIEWS) == 0 and not self.stop():
-            image = self.preview.sheet(vector, f"step {step} of {steps}, loss {loss:.3f}")
-        self._at(CACHING + (100 - CACHING) * step / steps, image)
-
-    def last(self, image: Image.Image) -> None:
-        """The page goes on showing a node's last live picture in front of its outputs: let it be the right one."""
-        self._at(100, image, 1024)
-
-    def _at(self, percent: float, image: Image.Image | None = None, side: int = 768) -> None:
-        if self.stop():
-            return
-        try:
-            self.bar.update_absolute(int(percent), 100, None if image is None else ("JPEG", image, side))
-        except comfy.model_management.InterruptProcessingException:
-            self.interrupted = True  # the bar asks too; it must not throw away what has been learned
-
-    def finish(self) -> None:
-        """Let the rest of the graph stop, as the button asked; the vector stays on this node for the next run."""
-        if self.interrupted:
-            comfy.model_management.interrupt_current_processing(True)
-
-
-def _denoiser(model: Any, clip: Any, vae: Any, size: int) -> Denoiser:
-    from ..concept_steer.hosts.comfy_denoiser import ComfyDenoiser
-
-    return ComfyDenoiser(model, clip, vae, size or None)
-
-
-def _learned(cls: Any, result: LearnResult, watch: _Watch) -> io.NodeOutput:
+def _learned(cls: Any, result: LearnResult, watch: Watch) -> io.NodeOutput:
     """Vector, report and before/after picture; the picture, and the curve where there is one, on the node."""
     pictures = []
     if watch.preview is not None:
@@ -84,13 +37,9 @@ def _learned(cls: Any, result: LearnResult, watch: _Watch) -> io.NodeOutput:
     return io.NodeOutput(result.vector, result.summary(), shown[0], ui={"images": saved, "animated": (False,)})
 
 
-def _lines(text: str) -> list[str]:
-    return [line.strip() for line in text.splitlines() if line.strip()]
-
-
 def pairs_of(neutral: str, positive: str) -> list[tuple[str, str]]:
     """One pair a line; a single line on one side goes with every line of the other."""
-    low, high = _lines(neutral), _lines(positive)
+    low, high = lines_of(neutral), lines_of(positive)
     if not low or not high:
         raise LearnError("Give both: a neutral prompt (a doctor) and one with the concept (a woman doctor).")
     if len(low) != len(high) and 1 not in (len(low), len(high)):
@@ -144,18 +93,19 @@ class LearnConceptPrompts(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "method",
-                    options=[SCORE, DIFFERENCE],
+                    options=[SCORE, DIFFERENCE, SELF_DISCOVERY],
                     default=SCORE,
-                    tooltip="The first learns until strength 1 does what the prompt does; the second takes a mean.",
+                    tooltip="The first learns until strength 1 does what the prompt does; the second takes a mean; "
+                    "the third draws pictures and learns from them, as published with 1000 examples and 2500 steps.",
                 ),
                 io.Int.Input(
-                    "steps", default=100, min=1, max=5000, tooltip="Most steps of learning; it may end sooner."
+                    "steps", default=50, min=1, max=5000, tooltip="Most steps of learning; it may end sooner."
                 ),
                 io.Int.Input(
                     "examples",
                     default=32,
                     min=2,
-                    max=512,
+                    max=1000,
                     tooltip="Noisy pictures to learn from: more are surer, slower.",
                 ),
                 SEED,
@@ -188,14 +138,26 @@ class LearnConceptPrompts(io.ComfyNode):
         vae: Any = None,
     ) -> io.NodeOutput:
         pairs = pairs_of(neutral, positive)
-        denoiser = _denoiser(model, clip, vae, size)
+        denoiser = denoiser_of(model, clip, vae, size)
         prompts = [pairs[i % len(pairs)][0] for i in range(4)]
         preview = None if vae is None else Preview(denoiser, prompts, [vector_seed + 1000 + i for i in range(4)])
-        watch = _Watch(cls.hidden.unique_id, preview)
+        watch = Watch(cls.hidden.unique_id, preview)
         common: dict[str, Any] = {"seed": vector_seed, "title": title.strip(), "spatial": spatial}
         try:
             if method == DIFFERENCE:
                 result = learn_difference(denoiser, pairs, progress=lambda i, n: watch.caching(i, n), **common)
+            elif method == SELF_DISCOVERY:
+                result = learn_self_discovery(
+                    denoiser,
+                    pairs,
+                    pictures=examples,
+                    epochs=max(1, round(steps * RECIPE_BATCH / examples)),
+                    batch=RECIPE_BATCH,
+                    caching=watch.caching,
+                    progress=watch.step,
+                    stop=watch.stop,
+                    **common,
+                )
             else:
                 result = learn_score(
                     denoiser,
@@ -260,9 +222,9 @@ class LearnConceptPictures(io.ComfyNode):
         spatial: bool = False,
         without: torch.Tensor | None = None,
     ) -> io.NodeOutput:
-        denoiser = _denoiser(model, clip, vae, size)
+        denoiser = denoiser_of(model, clip, vae, size)
         preview = Preview(denoiser, [prompt] * 4, [vector_seed + 1000 + i for i in range(4)])
-        watch = _Watch(cls.hidden.unique_id, preview)
+        watch = Watch(cls.hidden.unique_id, preview)
         try:
             result = learn_pictures(
                 denoiser,

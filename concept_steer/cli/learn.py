@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import LearnError
+from . import learn_many
 from .help import Commands, command, positive
-from .models import add_model_options, bar, draw, load_checkpoint, picture_size
+from .learn_options import METHODS, add_method_options, checkpoint_of, method_of
+from .models import add_model_options, bar, draw, load_checkpoint, load_vector, picture_size
 from .output import ready_files, write_picture
 
 if TYPE_CHECKING:
@@ -21,7 +23,8 @@ if TYPE_CHECKING:
     from ..learn import LearnResult
     from ..vector import ConceptVector
 
-METHODS = ("score", "difference", "pictures")
+Pairs = list[tuple[str, str]]
+Folders = list[list[Path]]
 PREVIEW = 4  # pictures without and with
 
 
@@ -38,7 +41,8 @@ def add(commands: Commands, common: argparse.ArgumentParser) -> None:
         epilog="examples:\n"
         "  concept-steer learn --pair 'a doctor' 'a woman doctor' --pair 'a judge' 'a woman judge' --out woman\n"
         "  concept-steer learn --checkpoint ~/models/sd15 --neutral 'a face' --positive 'a smiling face' --out smile\n"
-        "  concept-steer learn --pictures my-cat --without other-cats --prompt 'a cat' --out my-cat\n",
+        "  concept-steer learn --pictures my-cat --without other-cats --prompt 'a cat' --out my-cat\n"
+        "  concept-steer learn --concepts people.yaml --out people\n",
     )
     parser.add_argument(
         "--pair",
@@ -47,6 +51,12 @@ def add(commands: Commands, common: argparse.ArgumentParser) -> None:
         action="append",
         metavar=("NEUTRAL", "POSITIVE"),
         help="two prompts that differ in the concept; repeatable, several pairs generalise better",
+    )
+    parser.add_argument(
+        "--concepts",
+        type=Path,
+        metavar="FILE",
+        help="many at once: a .yaml or .json file of names with their pairs; --out is then their folder",
     )
     parser.add_argument("--neutral", metavar="PROMPT", help="with --positive: a single pair")
     parser.add_argument("--positive", metavar="PROMPT")
@@ -63,39 +73,56 @@ def add(commands: Commands, common: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--method",
         choices=METHODS,
-        help="score: by gradient (default); difference: without training; pictures: implied by --pictures",
+        help="score: by gradient (default); difference: without training; pictures: implied by --pictures; "
+        "self-discovery: the published recipe, slow",
     )
-    parser.add_argument("--steps", type=positive, help="of learning by gradient, not of difference (default: 100)")
+    parser.add_argument("--steps", type=positive, help="of the methods score and pictures (default: 50 and 100)")
     parser.add_argument(
         "--trajectories", type=positive, help="of the method score: more cost more memory (default: 32)"
     )
-    parser.add_argument("--batch", type=positive, default=16, help="rows at once: fewer need less memory (default: 16)")
+    parser.add_argument(
+        "--batch", type=positive, help="rows at once: fewer need less memory (default: 16 or the paper's 8)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
-    parser.add_argument("--spatial", action="store_true", help="a map (C, H, W) instead of one value per channel")
+    parser.add_argument(
+        "--spatial",
+        action=argparse.BooleanOptionalAction,
+        help="a map (C, H, W) instead of one value per channel; the default of self-discovery only",
+    )
     parser.add_argument("--name", default="", help="the vector's title (default: the prompt)")
     parser.add_argument("--out", metavar="NAME_OR_FILE", help="a name in the library, or a .safetensors file")
     parser.add_argument("--overwrite", action="store_true", help="replace a vector of that name")
     parser.add_argument("--no-preview", action="store_true", help="do not draw the before/after picture")
+    add_method_options(parser)
     add_model_options(parser)
 
 
 def _learn(args: argparse.Namespace) -> int:
-    args.method = _method(args)
-    pairs = [] if args.method == "pictures" else _pairs(args)
+    if args.concepts:
+        return learn_many.run(args, interruptible)
+    args.method = method_of(args)
+    pairs = [] if args.pictures else _pairs(args)
     path = _target(args.out or args.name or (pairs[0][1] if pairs else args.prompt))
     picture = path.with_suffix(".png")
+    state = checkpoint_of(args, path)
+    args.overwrite = args.overwrite or (args.resume and state.exists())  # what the run saved when it was stopped
     ready_files([path] if args.no_preview else [path, picture], args.overwrite)
     folders = _folders(args)
+    args.against = [load_vector(name)[0] for name in args.orthogonal_to or ()]
     denoiser = load_checkpoint(args.checkpoint, args.device, args.dtype)
-    if args.method == "pictures":
-        result, interrupted = _pictures(denoiser, folders, args)
+    if args.method == "difference":
+        result, interrupted = _difference(denoiser, pairs, args), False
+    elif args.method == "pictures":
+        result, interrupted = _pictures(denoiser, folders, args, state)
     else:
-        result, interrupted = (_difference if args.method == "difference" else _score)(denoiser, pairs, args)
+        result, interrupted = (_score if args.method == "score" else _recipe)(denoiser, pairs, folders, args, state)
     result.vector.save(path, overwrite=args.overwrite)
     print(result.summary())
     print(f"Saved as {path} (hash {result.vector.fingerprint[:10]}).")
     if interrupted:
         print("Learning was interrupted: this is the best vector so far, without a picture.", file=sys.stderr)
+        if state.exists():
+            print("The same command with --resume goes on from here.", file=sys.stderr)
         return 130
     if not args.no_preview:
         _preview(denoiser, result.vector, [neutral for neutral, _ in pairs] or [args.prompt], args, picture)
@@ -103,24 +130,7 @@ def _learn(args: argparse.Namespace) -> int:
     return 0
 
 
-def _method(args: argparse.Namespace) -> str:
-    """The method, named or implied; leaves through the parser's error when the options do not go together."""
-    method: str = args.method or ("pictures" if args.pictures else "score")
-    by_pictures = method == "pictures"
-    if by_pictures and (args.pictures is None or not args.prompt):
-        args.parser.error("learning from pictures needs --pictures FOLDER and --prompt TEXT")
-    if by_pictures and (args.pairs or args.neutral is not None or args.positive is not None):
-        args.parser.error("--pictures takes the place of --pair, --neutral and --positive: give --prompt instead")
-    if not by_pictures and (args.pictures or args.without or args.prompt is not None):
-        args.parser.error("--pictures, --without and --prompt belong to --method pictures")
-    if method == "difference" and args.steps:
-        args.parser.error("--steps does not belong to --method difference")
-    if method != "score" and args.trajectories:
-        args.parser.error("--trajectories belongs to --method score")
-    return method
-
-
-def _pairs(args: argparse.Namespace) -> list[tuple[str, str]]:
+def _pairs(args: argparse.Namespace) -> Pairs:
     if (args.neutral is None) != (args.positive is None):
         args.parser.error("--neutral and --positive belong together")
     if bool(args.pairs) == (args.neutral is not None):
@@ -138,50 +148,84 @@ def _target(out: str) -> Path:
     return Library(default_folders()).folders[0] / (safe_name(out) + SUFFIX)
 
 
-def _difference(denoiser: Denoiser, pairs: list[tuple[str, str]], args: argparse.Namespace) -> tuple[LearnResult, bool]:
+def _given(args: argparse.Namespace, **options: Any) -> dict[str, Any]:
+    """Options that every method has and `options`, without those left to the method (None)."""
+    common = {"seed": args.seed, "spatial": args.spatial, "batch": args.batch, "title": args.name}
+    return {key: value for key, value in {**common, **options}.items() if value is not None}
+
+
+def _difference(denoiser: Denoiser, pairs: Pairs, args: argparse.Namespace) -> LearnResult:
     from .. import learn
 
     with bar("learning") as progress:
-        result = learn.learn_difference(
-            denoiser,
-            pairs,
-            seed=args.seed,
-            spatial=args.spatial,
-            batch=args.batch,
-            title=args.name,
-            progress=progress.at,
-        )
-    return result, False
+        return learn.learn_difference(denoiser, pairs, progress=progress.at, **_given(args, against=args.against))
 
 
-def _score(denoiser: Denoiser, pairs: list[tuple[str, str]], args: argparse.Namespace) -> tuple[LearnResult, bool]:
+def _score(
+    denoiser: Denoiser, pairs: Pairs, folders: Folders, args: argparse.Namespace, state: Path
+) -> tuple[LearnResult, bool]:
     from .. import learn
 
-    return _by_gradient(learn.learn_score, "trajectories", args, denoiser, pairs, trajectories=args.trajectories)
+    options = _given(
+        args,
+        steps=args.steps,
+        trajectories=args.trajectories,
+        timestep_groups=args.timestep_groups,
+        against=args.against,
+        checkpoint=state,
+    )
+    return _by_gradient(learn.learn_score, "trajectories", options, denoiser, pairs)
 
 
-def _folders(args: argparse.Namespace) -> list[list[Path]]:
+def _recipe(
+    denoiser: Denoiser, pairs: Pairs, folders: Folders, args: argparse.Namespace, state: Path
+) -> tuple[LearnResult, bool]:
+    """Self-discovery, from pairs of prompts or from the pictures of a folder."""
+    import torch
+
+    from .. import learn
+    from ..pictures import read_pictures
+
+    latents = None
+    if folders:
+        pixels = read_pictures(folders[0], picture_size(denoiser))
+        latents = torch.cat([denoiser.encode_pictures(one[None].to(denoiser.device)).float().cpu() for one in pixels])
+        pairs = [(args.prompt, args.name or args.prompt)]
+    options = _given(
+        args,
+        latents=latents,
+        pictures=args.pictures_count,
+        picture_steps=args.picture_steps,
+        guidance=args.guidance,
+        epochs=args.epochs,
+        negative=args.negative,
+        checkpoint=state,
+    )
+    return _by_gradient(learn.learn_self_discovery, "pictures", options, denoiser, pairs)
+
+
+def _folders(args: argparse.Namespace) -> Folders:
     """The picture files of --pictures and --without, so far as given: a mistake shows before the model is loaded."""
     from ..pictures import picture_files
 
     return [picture_files(folder) for folder in (args.pictures, args.without) if folder is not None]
 
 
-def _pictures(denoiser: Denoiser, folders: list[list[Path]], args: argparse.Namespace) -> tuple[LearnResult, bool]:
+def _pictures(denoiser: Denoiser, folders: Folders, args: argparse.Namespace, state: Path) -> tuple[LearnResult, bool]:
     from .. import learn
     from ..pictures import read_pictures
 
     size = picture_size(denoiser)
     pixels, without = [*(read_pictures(files, size) for files in folders), None][:2]
-    return _by_gradient(learn.learn_pictures, "pictures", args, denoiser, pixels, args.prompt, without=without)
+    options = _given(args, without=without, steps=args.steps, checkpoint=state)
+    return _by_gradient(learn.learn_pictures, "pictures", options, denoiser, pixels, args.prompt)
 
 
 def _by_gradient(
-    method: Callable[..., LearnResult], label: str, args: argparse.Namespace, *given: Any, **options: Any
+    method: Callable[..., LearnResult], label: str, options: dict[str, Any], *given: Any
 ) -> tuple[LearnResult, bool]:
-    """The result, and whether Ctrl-C ended learning early. label: of the first bar. Options of None are left out."""
-    options = {key: value for key, value in {**options, "steps": args.steps}.items() if value is not None}
-    with bar(label) as caching, bar("learning") as progress, _interruptible() as asked:
+    """The result, and whether Ctrl-C ended learning early. label: of the first bar."""
+    with bar(label) as caching, bar("learning") as progress, interruptible() as asked:
 
         def at(step: int, steps: int, loss: float, vector: ConceptVector) -> None:
             progress.at(step, steps, f"loss {loss:.3f}")
@@ -189,10 +233,6 @@ def _by_gradient(
         try:
             result = method(
                 *given,
-                seed=args.seed,
-                spatial=args.spatial,
-                batch=args.batch,
-                title=args.name,
                 caching=caching.at,
                 progress=at,
                 stop=asked.is_set,
@@ -206,7 +246,7 @@ def _by_gradient(
 
 
 @contextmanager
-def _interruptible() -> Iterator[threading.Event]:
+def interruptible() -> Iterator[threading.Event]:
     """Inside, the first Ctrl-C only sets the event; the second one raises KeyboardInterrupt as usual."""
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..errors import ConceptSteerError
-from . import apply, demo, learn, vectors
+from . import apply, demo, discover, evaluate, fair, learn, vectors
 from .help import Parser
 
 EPILOG = """start here:
@@ -46,6 +46,9 @@ def parser() -> Parser:
     for add in (demo.add_demo, learn.add, apply.add, vectors.add_show, vectors.add_list, vectors.add_import):
         add(commands, common)
     demo.add_export(commands, common)
+    fair.add(commands, common)
+    evaluate.add(commands, common)
+    discover.add(commands, common)
     return root
 
 

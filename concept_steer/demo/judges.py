@@ -123,3 +123,15 @@ class Judges:
                 for head, logits in net(small).items():
                     found.setdefault(head, []).append(logits.softmax(1))
         return Verdict({head: torch.cat(parts) for head, parts in found.items()})
+
+    @torch.no_grad()
+    def features(self, pixels: Tensor, batch: int = 64) -> Tensor:
+        """What all judges see in pixels (B, 3, H, W): (B, 480), each net's last layer averaged over positions.
+
+        For Fréchet and perceptual distances within this model's world; no other space has units to compare with.
+        """
+        parts = []
+        for chunk in pixels.split(batch):
+            small = view(chunk)
+            parts.append(torch.cat([net.trunk(small).mean((2, 3)) for net in self.nets.values()], dim=1))
+        return torch.cat(parts)

@@ -36,7 +36,7 @@ def warm_start(unet: nn.Module) -> None:
 
 
 class SkipDropout:
-    """Leaves a picture's skips into the two deepest levels of the decoder out, this often, while `draw`n for a batch."""
+    """Leaves a picture's skips into the two deepest levels of the decoder out, this often, once a batch is drawn."""
 
     def __init__(self, unet: Any, share: float) -> None:
         self.share = share

@@ -19,6 +19,8 @@ from ..steering import Steer, formula, in_order, sized
 
 KEY = "concept_steer"
 STEERS, PICTURES, ROWS, PLAN = (f"{KEY}_{name}" for name in ("steers", "pictures", "rows", "plan"))
+SAFETY = f"{KEY}_safety"  # the guider's list of conditionings that only safety guidance looks at: never steered
+ASIDE = "aside"  # its kind of row
 Area = tuple[int, int, int, int]  # height, width, top, left, in cells of the latent
 Term = tuple[Tensor, Tensor, str, float, Tensor | None]  # c, gain (B, 1, 1, 1), operator, threshold, mask
 Plan = tuple[Tensor | None, tuple[Term, ...], Tensor | None]  # what is added, what depends on h, rows (B, 1, 1, 1)
@@ -47,6 +49,7 @@ class Rows:
         rows: dict[Any, Row] = {}
         for name, conds in (getattr(guider, "conds", None) or {}).items():
             kind: str | None = "uncond" if "negative" in name or "empty" in name else "cond"
+            kind = ASIDE if name == SAFETY else kind
             for cond in conds or ():
                 uuid = cond.get("uuid")
                 seen = rows.get(uuid)
@@ -142,7 +145,7 @@ def _chunk(rows: Rows, uuid: Any, index: int) -> Row:
 
 def _count(steer: Steer, everywhere: Sequence[Steer], chunk: Row) -> int:
     """How many times a steer acts on a chunk: as the model's, if the rows fit, and as this conditioning's own."""
-    fits = steer.rows in (chunk.kind, "both")
+    fits = steer.rows in (chunk.kind, "both") and chunk.kind != ASIDE
     return fits * sum(s is steer for s in everywhere) + sum(s is steer for s in chunk.steers)
 
 

@@ -17,7 +17,11 @@ from ..denoiser import Denoiser
 from ..errors import LearnError
 from ..family import check
 from ..vector import ConceptVector
-from .trajectories import Items
+from .checkpoint import Checkpoint, State
+from .items import Items
+from .memory import out_of_memory
+from .timestep_groups import shift_of
+from .walk import Ending, Project, Walk, walk
 
 Progress = Callable[[int, int, float, ConceptVector], None]
 Start = ConceptVector | Literal["difference", "zero"] | None
@@ -36,7 +40,7 @@ class Problem:
 
     def shift(self, c: Tensor, index: list[int]) -> Tensor:
         """What is added to h of these items. c: (C,) or (C, H, W) on the model's device."""
-        return c.view(-1, 1, 1) if c.ndim == 1 else c
+        return shift_of(c, index)
 
     def predict(self, c: Tensor, index: list[int]) -> Tensor:
         """The steered predictions, fp32."""
@@ -87,6 +91,14 @@ class Best:
             self.c, self.loss, self.waited = c, loss, 0
         return True
 
+    def state(self) -> State:
+        return State({"best": self.c}, {"best_loss": self.loss, "waited": self.waited, "held_out": self.held_out})
+
+    def restore(self, state: State) -> None:
+        self.c = state.tensors["best"].to(self.c.device)
+        self.loss, self.waited = float(state.numbers["best_loss"]), int(state.numbers["waited"])
+        self.held_out = list(state.numbers["held_out"])
+
 
 @dataclass(frozen=True)
 class Descent:
@@ -94,7 +106,11 @@ class Descent:
 
     best: Best
     losses: list[float]
-    stopped: str
+    ending: Ending
+
+    @property
+    def stopped(self) -> str:
+        return self.ending.stopped
 
 
 def descend(
@@ -109,74 +125,61 @@ def descend(
     patience: int,
     show: Callable[[int, int, float, Tensor], None],
     stop: Callable[[], bool] | None,
+    project: Project | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> Descent:
     """Adam from `first` in units of `unit`, its rate falling to zero along a cosine; ten checks on the items `judge`.
 
-    show(step, steps, loss, c) is told the vector that had the loss. The best vector is kept when NaN, `stop` or
-    `patience` checks without a better one end it early. Call under torch.no_grad. Errors: LearnError.
+    show(step, steps, loss, c) is told the vector that had the loss. The best vector is kept when NaN, lack of memory,
+    `stop` or `patience` checks without a better one end it early. project: applied to gradient and vector, for a vector
+    that has to stay in a plane. checkpoint: written at every check and at `stop`; where it holds a state, the descent
+    goes on there, to the same numbers (what `batches` gave before is drawn again, and thrown away). It is the caller's
+    to remove. Call under torch.no_grad. Errors: LearnError.
     """
+    run = Walk(problem.denoiser, first, unit, betas=(0.9, 0.99))
     best = Best(problem, judge, first)
-    if not best.check(first):
-        raise LearnError("The model's predictions are not finite (NaN) before anything was learned. Try float32.")
-    u = (first / unit).requires_grad_(True)
-    last_good = first
-    adam = torch.optim.Adam([u], lr=rate, betas=(0.9, 0.99))
     every = max(1, steps // 10)
-    losses: list[float] = []
-    stopped = f"finished after {steps} steps"
-    spoiled = "stopped at step {} of {} because of NaN, last good vector kept"
-    for step in range(steps):
-        if stop is not None and stop():
-            if not losses:
-                raise too_early()
-            stopped = f"stopped by request after {step} of {steps} steps, best so far kept"
-            break
+    if not _resumed(run, best, checkpoint) and not best.check(first):
+        raise LearnError("The model's predictions are not finite (NaN) before anything was learned. Try float32.")
+    for _ in run.losses:
+        next(batches)
+
+    def step(i: int) -> bool:
         index = next(batches)
-        adam.param_groups[0]["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
-        loss, grad = _gradient(problem, u, unit, index)
-        if not math.isfinite(loss) or not bool(torch.isfinite(grad).all()):
-            stopped = spoiled.format(step + 1, steps)
-            break
-        last_good = u.detach() * unit
-        u.grad = grad
-        adam.step()
-        losses.append(loss)
-        show(step + 1, steps, loss, last_good)
-        if (step + 1) % every == 0 and not best.check(u.detach() * unit):
-            stopped = spoiled.format(step + 1, steps)
-            break
+        falling = rate * 0.5 * (1 + math.cos(math.pi * i / steps))
+        return run.step(lambda c: problem.loss(c, index), len(index), falling, project)
+
+    def save() -> None:
+        if checkpoint is not None:
+            state, found = run.state(), best.state()
+            checkpoint.write({**state.tensors, **found.tensors}, {**state.numbers, **found.numbers})
+
+    def after(done: int) -> str | None:
+        if done % every == 0:
+            if not best.check(run.c):
+                return f"stopped at step {done} of {steps} because of NaN, last good vector kept"
+            save()
         if best.waited >= patience:
-            stopped = f"stopped after {step + 1} of {steps} steps because it no longer got better"
-            break
-    if losses and len(losses) % every:  # ended between two checks
-        best.check(last_good)
-    return Descent(best, losses, stopped)
+            return f"stopped after {done} of {steps} steps because it no longer got better"
+        return None
 
-
-def _gradient(problem: Problem, u: Tensor, unit: float, index: list[int]) -> tuple[float, Tensor]:
-    """(loss, d loss / d u). The vector is u * unit."""
-    boost = 1024.0 if problem.denoiser.dtype == torch.float16 else 1.0  # keeps small gradients out of fp16's underflow
-    with torch.enable_grad():
+    ending = walk(run, steps, step=step, after=after, save=save, show=show, stop=stop, kept="best so far")
+    if run.losses and len(run.losses) % every:  # ended between two checks
         try:
-            loss = problem.loss(u * unit, index)
-            (grad,) = torch.autograd.grad(loss * boost, u)
-        except RuntimeError as error:
-            if "nference" in str(error):
-                raise _inference_error() from error
-            raise
-    problem.denoiser.cost.backward_rows += len(index)
-    return float(loss), grad / boost
+            best.check(run.last_good)
+        except (RuntimeError, MemoryError) as error:  # then the best of the checks has to do
+            if not out_of_memory(error) or ending.over:
+                raise
+    return Descent(best, run.losses, ending)
 
 
-def _inference_error() -> LearnError:
-    return LearnError(
-        "The model's weights were made inside torch.inference_mode, which forbids learning. "
-        "Load the model outside of it (learning itself may be called inside)."
-    )
-
-
-def too_early() -> LearnError:
-    return LearnError("Learning was stopped before its first step, so there is no vector yet.")
+def _resumed(run: Walk, best: Best, checkpoint: Checkpoint | None) -> bool:
+    state = None if checkpoint is None else checkpoint.read()
+    if state is None:
+        return False
+    run.restore(state)
+    best.restore(state)
+    return True
 
 
 def check_start(start: Start, denoiser: Denoiser) -> None:

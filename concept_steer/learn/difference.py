@@ -15,9 +15,13 @@ from torch import Tensor
 from ..denoiser import Conditioning, Denoiser
 from ..errors import LearnError
 from ..sampling import ddim_step, noise
+from ..vector import ConceptVector
+from .disentangle import Others, about_others, others_of
+from .memory import with_memory_advice
 from .result import LearnResult, Pairs, auc, checked_pairs, encode, finished_vector, projection, rows
 
 
+@with_memory_advice
 def learn_difference(
     denoiser: Denoiser,
     pairs: Pairs,
@@ -27,6 +31,8 @@ def learn_difference(
     timesteps: Sequence[float] = (0.0, 0.25, 0.5, 0.75),
     spatial: bool = False,
     batch: int = 16,
+    against: Sequence[ConceptVector] = (),
+    ridge: float = 0.0,
     title: str = "",
     progress: Callable[[int, int], None] | None = None,
 ) -> LearnResult:
@@ -36,6 +42,8 @@ def learn_difference(
     the neutral prompt, without guidance, through just these times. Cost per pair and seed: 2 encoder rows a time and 1
     decoder row a time but the last; with the defaults 5.5 UNet rows. progress(done, total) counts batches times times.
     separation is cross-fitted: the vector from one half of the seeds is judged on the other half.
+    against: other concepts' vectors that are taken out of this one, wholly (ridge 0: exactly orthogonal) or, with ridge
+    above 0, in part (see `disentangle`).
     Errors: LearnError for no or equal prompts, unordered timesteps, or a model that gives NaN.
     """
     began, cost = time.perf_counter(), denoiser.cost.snapshot()
@@ -73,10 +81,19 @@ def learn_difference(
         low = torch.stack([torch.cat(column) for column in neutral_h])  # (times, items, C, H, W)
         high = torch.stack([torch.cat(column) for column in positive_h])
         tensor = _shape((high - low).mean((0, 1)), spatial)
-        separation = _separation(low, high, halves, spatial)
+        others = others_of(against, denoiser, tensor.shape, ridge)
+        separation = _separation(low, high, halves, spatial, others)
         calibration = float(torch.stack(squares).mean().sqrt())  # RMS of h
         vector = finished_vector(
-            denoiser, tensor, prompts, title, method="difference", steps=len(times), seed=seed, calibration=calibration
+            denoiser,
+            tensor if others is None else others(tensor),
+            prompts,
+            title,
+            **about_others(against, ridge),
+            method="difference",
+            steps=len(times),
+            seed=seed,
+            calibration=calibration,
         )
     spent = denoiser.cost.since(cost)
     seconds = time.perf_counter() - began
@@ -96,13 +113,14 @@ def _shape(mean: Tensor, spatial: bool) -> Tensor:
     return mean if spatial else mean[:, 0, 0]
 
 
-def _separation(low: Tensor, high: Tensor, halves: Tensor, spatial: bool) -> float | None:
+def _separation(low: Tensor, high: Tensor, halves: Tensor, spatial: bool, others: Others | None) -> float | None:
     if len(set(halves.tolist())) < 2:
         return None
     found = []
     for half in (0, 1):
         learn, judge = halves == half, halves != half
         direction = _shape((high[:, learn] - low[:, learn]).mean((0, 1)), spatial)
+        direction = direction if others is None else others.without(direction)
         for step in range(low.shape[0]):
             found.append(auc(projection(high[step, judge], direction), projection(low[step, judge], direction)))
     return sum(found) / len(found)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..denoiser import Conditioning, Denoiser, HState, NoiseSchedule
 from ..sampling import noise
-from .trajectories import Items, packed
+from .items import Items, packed
 
 LEAST = 0.4  # of the schedule: with less noise the picture is settled, and the loss asks for what no constant can give
 

@@ -14,9 +14,10 @@ pictures without to those with the concept. (The two signs as in the picture sli
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,11 +26,14 @@ from ..denoiser import Denoiser
 from ..errors import LearnError
 from ..sampling import noise, sample
 from ..vector import ConceptVector
-from .descent import Problem, Progress, Start, check_start, descend, first_vector, too_early
+from .checkpoint import Bill, open_checkpoint
+from .descent import Problem, Progress, Start, check_start, descend, first_vector
+from .items import even_weight
+from .memory import with_memory_advice
 from .noised import Noised, Views, balanced_batches, batches_of, build_noised, noisy_times
 from .picture_sets import about, checked_sets, held_out
 from .result import LearnResult, encode, rms, separation_of, vector_of
-from .trajectories import even_weight
+from .walk import too_early
 
 DRAWN, DRAW_STEPS = 8, 20  # reference pictures at least, where none are given, and DDIM steps for each
 ENCODED_AT_ONCE = 4
@@ -69,6 +73,7 @@ class _Work:
             self.caching(self.done, self.total)
 
 
+@with_memory_advice
 def learn_pictures(
     denoiser: Denoiser,
     pixels: Tensor,
@@ -87,6 +92,7 @@ def learn_pictures(
     patience: int = 6,
     seed: int = 0,
     title: str = "",
+    checkpoint: Path | None = None,
     progress: Progress | None = None,
     caching: Callable[[int, int], None] | None = None,
     stop: Callable[[], bool] | None = None,
@@ -97,8 +103,8 @@ def learn_pictures(
     are like the others in all else. latents: both are scaled latents already. prompt: the class word, e.g. "a cat".
     noises: noisy versions of each picture, kept in memory (SD1 at 512 pixels: 13 MB each on the CPU). guidance: of the
     reference pictures that are drawn when there is no `without`. rate: Adam's, in units of the difference of h between
-    pictures and reference pictures. start, holdout (share of the pictures, of both batches), patience, progress,
-    caching and stop as in `learn_score`.
+    pictures and reference pictures. start, holdout (share of the pictures, of both batches), patience,
+    checkpoint, progress, caching and stop as in `learn_score`.
 
     explained: the share by which the vector lowers the held-out pictures' error against the noise; never near 1, since
     no model can name all of the noise. With `without`, beyond what both batches share: there even 0.01 can be a strong
@@ -108,7 +114,7 @@ def learn_pictures(
     Works under torch.inference_mode when the model was loaded outside of it.
     Errors: LearnError (pictures that cannot be used, nothing learned, stopped too early), FamilyMismatch.
     """
-    began, cost = time.perf_counter(), denoiser.cost.snapshot()
+    bill = Bill(denoiser)
     prompt = prompt.strip()
     if not prompt:
         raise LearnError("The prompt is empty: name what all the pictures show, for example 'a cat' or 'a person'.")
@@ -116,6 +122,25 @@ def learn_pictures(
         raise LearnError("steps and batch start at 1, noises at 2, holdout lies between 0 and 1, rate above 0.")
     check_start(start, denoiser)
     sets = checked_sets(denoiser, pixels, without, latents)
+    saved = open_checkpoint(
+        checkpoint,
+        denoiser,
+        bill,
+        "pictures",
+        pictures=sets,
+        prompt=prompt,
+        latents=latents,
+        steps=steps,
+        batch=batch,
+        rate=rate,
+        noises=noises,
+        guidance=guidance,
+        spatial=spatial,
+        start=start,
+        holdout=holdout,
+        patience=patience,
+        seed=seed,
+    )
     generator = torch.Generator().manual_seed(seed)
     held = [held_out(len(part), holdout, generator) for part in sets]
     with torch.inference_mode(False), torch.no_grad(), denoiser.frozen():
@@ -147,8 +172,12 @@ def learn_pictures(
             patience=patience,
             show=show,
             stop=stop,
+            checkpoint=saved,
         )
         c = _own(descent.best.c)
+        described: dict[str, Any] = {**about(sets)}
+        if saved is not None and descent.ending.over:
+            saved.remove()
         vector = vector_of(
             denoiser,
             c.cpu(),
@@ -157,7 +186,7 @@ def learn_pictures(
             "or pictures that have more in common, or name better in the prompt what they all show.",
             method="pictures",
             prompt=prompt,
-            **about(sets),
+            **described,
             steps=len(descent.losses),
             seed=seed,
             calibration=rms(concept.h),
@@ -165,7 +194,7 @@ def learn_pictures(
         explained = 1 - descent.best.loss / _error_without(descent.best.c, problem, judge)
         groups = [(concept.held(bucket), reference.held(bucket)) for bucket in items.bucket.unique()]
         separation = separation_of(groups, c.cpu())
-    spent = denoiser.cost.since(cost)
+    spent = bill.cost
     return LearnResult(
         vector=vector,
         method="pictures",
@@ -174,7 +203,7 @@ def learn_pictures(
         explained=explained if math.isfinite(explained) else None,
         unet_rows=spent.unet_rows,
         backward_rows=spent.backward_rows,
-        seconds=time.perf_counter() - began,
+        seconds=bill.seconds,
         stopped=descent.stopped,
         held_out=descent.best.held_out,
     )

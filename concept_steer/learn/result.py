@@ -72,13 +72,13 @@ class LearnResult:
         }
 
 
-def checked_pairs(pairs: Pairs) -> list[tuple[str, str]]:
-    """The pairs as a list; LearnError when there is none, or one whose prompts are equal."""
+def checked_pairs(pairs: Pairs, equal: bool = False) -> list[tuple[str, str]]:
+    """The pairs as a list; LearnError when there is none, or (unless `equal`) one whose prompts are equal."""
     result = [(str(neutral), str(positive)) for neutral, positive in pairs]
     if not result:
         raise LearnError("Learning needs at least one pair of prompts, e.g. ('a person', 'a woman').")
     for neutral, positive in result:
-        if neutral == positive:
+        if neutral == positive and not equal:
             raise LearnError(
                 f"Both prompts of a pair are {neutral!r}: there is nothing to learn between them. "
                 "Give a neutral prompt and one that asks for the concept."
@@ -122,9 +122,12 @@ def rms(h: Tensor) -> float:
     return float(h.float().square().mean().sqrt())
 
 
-def vector_of(denoiser: Denoiser, tensor: Tensor, title: str, missed: str, **info: Any) -> ConceptVector:
+def vector_of(
+    denoiser: Denoiser, tensor: Tensor, title: str, missed: str, *, timesteps: tuple[float, ...] = (), **info: Any
+) -> ConceptVector:
     """The vector with its metadata; LearnError when a value is not finite or nothing was learned (zero).
 
+    timesteps: of a tensor that differs per timestep.
     missed: what it then did not do, e.g. "no vector tried came nearer to 'a woman' than no vector at all", and what
     to try.
     """
@@ -134,7 +137,7 @@ def vector_of(denoiser: Denoiser, tensor: Tensor, title: str, missed: str, **inf
         raise LearnError(f"Nothing was learned: {missed}")
     texts = {key: f"{value:.6g}" if isinstance(value, float) else str(value) for key, value in info.items()}
     texts["checkpoint_hash"] = denoiser.checkpoint_hash
-    return ConceptVector(tensor, denoiser.family, title=title, info=texts)
+    return ConceptVector(tensor, denoiser.family, title=title, timesteps=timesteps, info=texts)
 
 
 def finished_vector(

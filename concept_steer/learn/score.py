@@ -6,9 +6,9 @@ The encoder half never changes, so it runs once; each step then costs the decode
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -17,9 +17,14 @@ from ..denoiser import Denoiser
 from ..errors import LearnError
 from ..vector import ConceptVector
 from .calibration import amplitude
+from .checkpoint import Bill, open_checkpoint
 from .descent import Problem, Progress, Start, check_start, descend, first_vector
+from .disentangle import about_others, others_of
+from .items import Cache, even_weight
+from .memory import with_memory_advice
 from .result import LearnResult, Pairs, checked_pairs, finished_vector, rms, separation_of
-from .trajectories import Cache, build_cache, even_weight
+from .timestep_groups import Groups, groups_of, shift_of
+from .trajectories import SharedNeutral, build_cache
 
 
 @dataclass
@@ -32,6 +37,10 @@ class _Problem(Problem):
     neutral: Tensor  # (n, C, H, W)
     keep: Tensor
     preservation: float
+    group: Tensor | None  # (n,): which of a stack of vectors an item gets
+
+    def shift(self, c: Tensor, index: list[int]) -> Tensor:
+        return shift_of(c, index, self.group)
 
     def loss(self, c: Tensor, index: list[int]) -> Tensor:
         prediction = self.predict(c, index)
@@ -42,11 +51,12 @@ class _Problem(Problem):
         return self.mean(error, index)
 
 
+@with_memory_advice
 def learn_score(
     denoiser: Denoiser,
     pairs: Pairs,
     *,
-    steps: int = 100,
+    steps: int = 50,
     batch: int = 16,
     rate: float = 0.1,
     trajectories: int = 32,
@@ -55,11 +65,15 @@ def learn_score(
     preservation: float = 0.1,
     spatial: bool = False,
     calibrate: bool = True,
+    timestep_groups: int = 1,
+    against: Sequence[ConceptVector] = (),
     start: Start = "difference",
     holdout: float = 0.25,
     patience: int = 6,
     seed: int = 0,
     title: str = "",
+    shared: SharedNeutral | None = None,
+    checkpoint: Path | None = None,
     progress: Progress | None = None,
     caching: Callable[[int, int], None] | None = None,
     stop: Callable[[], bool] | None = None,
@@ -72,17 +86,44 @@ def learn_score(
     kept, and learning ends after `patience` checks without a better one. preservation: weight of "where the positive
     prompt changes nothing, nothing changes". calibrate: in the end the vector is lengthened until strength 1 takes the
     prediction as far as the prompt does (`explained` is measured before that).
+    timestep_groups: above 1 a vector for each of so many groups of neighbouring sampling steps, together one that
+    differs per timestep. against: other concepts' vectors that this one is to be orthogonal to (projected gradient).
+    checkpoint: a file for the state of learning, written at every check; a run that was killed goes on there, to the
+    same vector, and the file is gone when learning has ended. What the run cost before that is counted.
+    shared: what concepts with the same neutral prompts and settings have in common, computed only once (`learn_many`).
     caching(done, total) is called while trajectories are drawn,
     progress(step, steps, loss, vector) after each step; stop() True ends learning with the best so far.
-    Cost with the defaults: about 1,700 UNet rows forward, 1,600 rows backward through the decoder.
+    Cost with the defaults: about 1,300 UNet rows forward, 800 rows backward through the decoder.
     Works under torch.inference_mode when the model was loaded outside of it.
     Errors: LearnError (no effect to learn, stopped too early, weights made inside inference_mode), FamilyMismatch.
     """
-    began, cost = time.perf_counter(), denoiser.cost.snapshot()
+    bill = Bill(denoiser)
     prompts = checked_pairs(pairs)
     if steps < 1 or batch < 1 or sample_steps < 1 or not 0 < holdout < 1 or rate <= 0 or preservation < 0:
         raise LearnError("steps, batch and sample_steps start at 1, holdout lies between 0 and 1, rate above 0.")
     check_start(start, denoiser)
+    groups = groups_of(denoiser.schedule, sample_steps, timestep_groups)
+    saved = open_checkpoint(
+        checkpoint,
+        denoiser,
+        bill,
+        "score",
+        pairs=prompts,
+        steps=steps,
+        batch=batch,
+        rate=rate,
+        trajectories=trajectories,
+        sample_steps=sample_steps,
+        guidance=guidance,
+        preservation=preservation,
+        spatial=spatial,
+        timestep_groups=timestep_groups,
+        against=against,
+        start=start,
+        holdout=holdout,
+        patience=patience,
+        seed=seed,
+    )
     with torch.inference_mode(False), torch.no_grad(), denoiser.frozen():
         cache = build_cache(
             denoiser,
@@ -95,18 +136,27 @@ def learn_score(
             batch=batch,
             stop=stop,
             caching=caching,
+            shared=shared,
         )
         neutral_h = cache.neutral_h()
         unit = _unit(cache, neutral_h, spatial)
-        problem = _problem(denoiser, cache, batch, preservation)
+        problem = _problem(denoiser, cache, batch, preservation, groups)
         train = torch.nonzero(~cache.held_out).flatten()
         generator = torch.Generator().manual_seed(seed)
         mean = (cache.positive_h[train] - neutral_h[train]).mean(0)
-        first = first_vector(start, mean, problem, train, spatial, generator)
+        others = others_of(against, denoiser, mean.shape if spatial else mean.shape[:1])
+        first = first_vector(start, mean, replace(problem, group=None), train, spatial, generator)
+        first = first if others is None else others.without(first)
+        middles = () if groups is None else groups.middles
+        if groups is not None:
+            first = first.expand(len(middles), *first.shape).clone()
+
+        def vector_at(c: Tensor) -> ConceptVector:
+            return ConceptVector(c, denoiser.family, title=title or prompts[0][1], timesteps=middles)
 
         def show(step: int, steps: int, loss: float, c: Tensor) -> None:
             if progress is not None:
-                progress(step, steps, loss, ConceptVector(c, denoiser.family, title=title or prompts[0][1]))
+                progress(step, steps, loss, vector_at(c))
 
         descent = descend(
             problem,
@@ -119,43 +169,45 @@ def learn_score(
             patience=patience,
             show=show,
             stop=stop,
+            project=None if others is None else others.without,
+            checkpoint=saved,
         )
         best = descent.best
-        groups = [cache.held_out & (cache.bucket == bucket) for bucket in cache.bucket.unique()]
-        separation = separation_of(
-            [(cache.positive_h[members], neutral_h[members]) for members in groups], best.c.cpu()
-        )
         length = 1.0
         if calibrate and bool(best.c.any()):
             some = train[torch.randperm(len(train), generator=generator)[: 4 * batch]].tolist()
-            length = amplitude(denoiser, cache, best.c, problem.weight, some, batch)
+            length = amplitude(denoiser, cache, best.c, problem.weight, some, batch, problem.group)
+        if saved is not None and descent.ending.over:
+            saved.remove()
         vector = finished_vector(
             denoiser,
             best.c.cpu() * length,
             prompts,
             title,
+            timesteps=middles,
+            **about_others(against),
             calibration_length=length,
             method="score",
             steps=len(descent.losses),
             seed=seed,
             calibration=rms(neutral_h),
         )
-    spent = denoiser.cost.since(cost)
+    spent = bill.cost
     return LearnResult(
         vector=vector,
         method="score",
         losses=descent.losses,
-        separation=separation,
+        separation=_separation(cache, neutral_h, best.c.cpu(), groups),
         explained=1 - best.loss,
         unet_rows=spent.unet_rows,
         backward_rows=spent.backward_rows,
-        seconds=time.perf_counter() - began,
+        seconds=bill.seconds,
         stopped=descent.stopped,
         held_out=best.held_out,
     )
 
 
-def _problem(denoiser: Denoiser, cache: Cache, batch: int, preservation: float) -> _Problem:
+def _problem(denoiser: Denoiser, cache: Cache, batch: int, preservation: float, groups: Groups | None) -> _Problem:
     effect = (cache.positive - cache.neutral).square().mean((1, 2, 3))
     if not bool(torch.isfinite(effect).all()):
         raise LearnError("The model's predictions are not finite (NaN) before anything was learned. Try float32.")
@@ -164,7 +216,19 @@ def _problem(denoiser: Denoiser, cache: Cache, batch: int, preservation: float) 
         raise LearnError("The positive prompt changes nothing in this model's predictions: there is nothing to learn.")
     change = (cache.positive - cache.neutral).abs().mean(1, keepdim=True)
     keep = 1 - change / change.amax((2, 3), keepdim=True).clamp_min(1e-20)
-    return _Problem(denoiser, cache, cache.positive, weight, batch, cache.neutral, keep, preservation)
+    group = None if groups is None else groups.of_step[cache.bucket]
+    return _Problem(denoiser, cache, cache.positive, weight, batch, cache.neutral, keep, preservation, group)
+
+
+def _separation(cache: Cache, neutral_h: Tensor, c: Tensor, groups: Groups | None) -> float | None:
+    """On the held-out seeds, one timestep at a time, each with the vector that acts there."""
+    found = []
+    for bucket in cache.bucket.unique().tolist():
+        members = cache.held_out & (cache.bucket == bucket)
+        mine = c if groups is None else c[groups.of_step[bucket]]
+        found.append(separation_of([(cache.positive_h[members], neutral_h[members])], mine))
+    known = [value for value in found if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 def _unit(cache: Cache, neutral_h: Tensor, spatial: bool) -> float:

@@ -205,6 +205,7 @@ def test_there_are_workflows_for_each_way_to_work():
         "4_strip",
         "5_learn_from_pictures",
         "6_regional",
+        "7_fair_sampling",
     ]
 
 

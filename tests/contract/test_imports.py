@@ -12,10 +12,13 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "concept_steer"
 FOREIGN = ("diffusers", "transformers", "tokenizers", "accelerate", "rich", "tqdm", "comfy", "modules", "gradio")
 HEAVY = ("torch", "numpy", "safetensors", "PIL", *FOREIGN)
-COMMANDS = ("demo", "learn", "apply", "show", "list", "import", "export-demo")
+COMMANDS = (
+    "demo", "learn", "discover", "apply", "fair", "show", "list", "import", "export-demo", "evaluate",
+)  # fmt: skip
 
 
-HOST_ONLY = ("comfy_demo", "comfy_denoiser")  # imported by nodes that run; they subclass and call ComfyUI's classes
+# imported by nodes that run; they subclass and call ComfyUI's classes
+HOST_ONLY = ("comfy_demo", "comfy_denoiser", "comfy_guidance")
 
 
 def core_modules() -> list[str]:

@@ -25,8 +25,14 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 DATA_TABLES = ("demo/world.py",)  # tables may be long
 LONGEST = 300
-FACES = ("hosts", "demo", "cli", "__main__")
-MAY_IMPORT = {"hosts": {"hosts"}, "demo": {"hosts", "demo"}, "cli": {"hosts", "demo", "cli"}, "__main__": {"cli"}}
+FACES = ("hosts", "demo", "evaluate", "cli", "__main__")
+MAY_IMPORT = {
+    "hosts": {"hosts"},
+    "demo": {"hosts", "demo"},
+    "evaluate": {"hosts", "demo", "evaluate"},
+    "cli": {"hosts", "demo", "evaluate", "cli"},
+    "__main__": {"cli"},
+}
 MAY_ALSO = {"hosts/comfy_demo.py": {"demo"}}  # the embedded model in ComfyUI; nothing in demo/ imports it
 
 
@@ -65,7 +71,9 @@ def test_the_readmes_commands_are_understood(command):
 
 def test_the_readme_shows_every_command():
     shown = {shlex.split(c)[1] for c in commands() if "concept-steer " in c}
-    assert shown == {"demo", "learn", "apply", "show", "list", "import", "export-demo"}
+    assert shown == {
+        "demo", "learn", "discover", "apply", "fair", "show", "list", "import", "export-demo", "evaluate",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("code", blocks("python"))

@@ -232,10 +232,10 @@ def test_the_same_seed_gives_the_same_vector(denoiser):
 
 
 def test_large_states_kept_in_half_precision_change_little(denoiser, monkeypatch):
-    from concept_steer.learn import trajectories
+    from concept_steer.learn import items
 
     full = learn_score(denoiser, PAIRS, **SMALL)
-    monkeypatch.setattr(trajectories, "LARGE_STATE", 0)
+    monkeypatch.setattr(items, "LARGE_STATE", 0)
     half = learn_score(denoiser, PAIRS, **SMALL)
     assert full.vector.cosine(half.vector) > 0.99
     assert half.explained == pytest.approx(full.explained, abs=0.02)
