@@ -63,8 +63,8 @@ def to_bytes(
 
 def read(path: Path) -> dict[str, Any]:
     """The checked fields of a file: tensor (fp32), family, title, site, timesteps, info. Errors: VectorFileError."""
-    data = _read_bytes(path)
-    header = _header(path, data)
+    data = read_bytes(path)
+    header = header_of(path, data)
     meta = header.pop("__metadata__", None)
     meta = meta if isinstance(meta, dict) else {}
     version = _check_kind(path, header, meta)
@@ -106,7 +106,8 @@ def write_atomic(path: Path, data: bytes, *, overwrite: bool) -> Path:
     return path
 
 
-def _read_bytes(path: Path) -> bytes:
+def read_bytes(path: Path) -> bytes:
+    """The whole file. Errors: VectorFileError for a folder, too large a file, or one that cannot be read."""
     try:
         found = path.stat()
         if stat.S_ISDIR(found.st_mode):
@@ -129,7 +130,8 @@ def _read_bytes(path: Path) -> bytes:
     return data
 
 
-def _header(path: Path, data: bytes) -> dict[str, Any]:
+def header_of(path: Path, data: bytes) -> dict[str, Any]:
+    """The safetensors header as JSON. Errors: VectorFileError for a pickle or a damaged file."""
     length = int.from_bytes(data[:8], "little")
     plausible = len(data) > 8 and data[8:9] == b"{"
     # a safetensors header of the right length may also begin with these bytes: its "{" tells them apart

@@ -5,29 +5,30 @@ One file an attribute, NAME.attribute.safetensors: the tensors of all values and
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
-from ..errors import ConceptSteerError, VectorFileError
-from ..family import family as family_of
+from ..bundle_file import Bundle
+from ..errors import ConceptSteerError
 from ..library import ATTRIBUTE_SUFFIX
 from ..vector import ConceptVector
-from ..vector_file import MAX_BYTES, _header, _read_bytes, write_atomic
 from .gate import Gate, GateDecision
 from .templates import checked_template
 
 SUFFIX = ATTRIBUTE_SUFFIX
-FORMAT_VERSION = 1
-KEY = "hspace.attribute"
+FILE = Bundle(
+    kind="attribute",
+    noun="an attribute",
+    suffix=SUFFIX,
+    architecture="concept-attribute",
+    made_by="`concept-steer fair --learn` or by the node Learn Attribute",
+)
 
 
 @dataclass(frozen=True)
@@ -86,22 +87,15 @@ class Attribute:
 
     def save(self, path: Path | str, *, overwrite: bool = False) -> Path:
         """Write one file, atomically. Errors: VectorFileError."""
-        path = Path(path)
-        if not path.name.endswith(SUFFIX):
-            raise VectorFileError(f"{path} must end in {SUFFIX}: attributes are saved in no other format.")
-        data = safetensors.torch.save(self._tensors(), self._metadata())
-        if len(data) > MAX_BYTES:
-            raise VectorFileError(
-                f"{path} would have {len(data) / 2**20:.0f} MiB, more than {MAX_BYTES // 2**20} MiB: use (C,) vectors."
-            )
-        return write_atomic(path, data, overwrite=overwrite)
+        return FILE.write(
+            path, self._tensors(), self._about(), title=self.name, family=self.family, overwrite=overwrite
+        )
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {f"value.{i}": value.vector.tensor for i, value in enumerate(self.values.values())}
         return tensors if self.gate is None else {**tensors, "gate": self.gate.directions}
 
-    def _metadata(self) -> dict[str, str]:
-        kind = family_of(self.family)
+    def _about(self) -> dict[str, Any]:
         values = [
             {
                 "label": label,
@@ -115,41 +109,12 @@ class Attribute:
             for label, value in self.values.items()
         ]
         about = {"name": self.name, "values": values, "info": dict(self.info)}
-        if self.gate is not None:
-            about["gate"] = self.gate.told()
-        return {
-            "modelspec.sai_model_spec": "1.0.0",
-            "modelspec.architecture": kind.architecture.partition("/")[0] + "/concept-attribute",
-            "modelspec.title": self.name,
-            "ss_base_model_version": kind.ss_base,
-            "hspace.attribute_version": str(FORMAT_VERSION),
-            "hspace.family": self.family,
-            KEY: json.dumps(about),
-        }
+        return about if self.gate is None else {**about, "gate": self.gate.told()}
 
     @classmethod
     def load(cls, path: Path | str) -> Attribute:
         """Read and check one file. Errors: VectorFileError, which names the file and says what is wrong with it."""
-        path = Path(path)
-        data = _read_bytes(path)
-        meta = _header(path, data).get("__metadata__") or {}
-        if KEY not in meta or "hspace.family" not in meta:
-            raise VectorFileError(
-                f"{path} is not an attribute: it lacks the metadata {KEY}. An attribute is a file NAME{SUFFIX}, made "
-                "by `concept-steer fair --learn` or by the node Learn Attribute."
-            )
-        version = meta.get("hspace.attribute_version", "")
-        if not (version.isascii() and version.isdigit() and int(version[:9]) <= FORMAT_VERSION):
-            raise VectorFileError(
-                f"{path} is an attribute of format version {version or 'unknown'}; this version of Concept Steer reads "
-                f"up to {FORMAT_VERSION}. Update Concept Steer to use it."
-            )
-        try:
-            return _parsed(json.loads(meta[KEY]), safetensors.torch.load(data), meta["hspace.family"])
-        except ConceptSteerError as error:
-            raise VectorFileError(f"{path}: {error}") from error
-        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise VectorFileError(f"{path} is damaged ({error!r}): copy it again, or learn it again.") from error
+        return FILE.read(path, _parsed)
 
 
 def _parsed(about: Any, tensors: dict[str, Tensor], family: str) -> Attribute:
