@@ -75,8 +75,8 @@ class Bundle:
         meta = header_of(path, data).get("__metadata__") or {}
         if self.key not in meta or "hspace.family" not in meta:
             raise VectorFileError(
-                f"{path} is not {self.noun}: it lacks the metadata {self.key}. {self.noun[0].upper()}{self.noun[1:]} is "
-                f"a file NAME{self.suffix}, made by {self.made_by}."
+                f"{path} is not {self.noun}: it lacks the metadata {self.key}. Such a file is named "
+                f"NAME{self.suffix} and made by {self.made_by}."
             )
         version = meta.get(f"{self.key}_version", "")
         if not (version.isascii() and version.isdigit() and int(version[:9]) <= self.version):
