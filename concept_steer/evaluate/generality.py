@@ -13,6 +13,7 @@ from ..learn.result import LearnResult
 from ..learn.score import learn_score
 from ..statistics import bootstrap, mean, wilson
 from ..steering import Steer
+from . import composition
 from .figures import Figure, Section, markdown, pivot, write
 from .parts import Parts
 from .studio import SAMPLERS, Drawing, found, verdicts
@@ -122,6 +123,27 @@ def run(
             ]
             figures += ablation_figures(task, name, results, command)
             say(f"{task.name}, {name}: explained {mean([result['explained'] for result in results]):.3f}")
+        followed = [
+            parts.get(
+                f"{task.name}-strengths-{seed}",
+                lambda: _follow(studio, task, vectors, seed, roles, judged),  # noqa: B023
+                task=task.fingerprint,
+            )
+            for seed in range(seeds)
+        ]
+        figures += composition.follow_figures(task, followed, command)
+        say(f"{task.name}: rank correlation with strength {mean([one['rank_correlation'] for one in followed]):.2f}")
+    for one, other in composition.composable(tasks):
+        both = [_Vectors(studio, task, base) for task in (one, other)]
+        results = [
+            parts.get(
+                f"{one.name}-with-{other.name}-{seed}",
+                lambda: _together(studio, one, other, both, seed, roles, judged),  # noqa: B023
+                tasks=[one.fingerprint, other.fingerprint],
+            )
+            for seed in range(seeds)
+        ]
+        figures += composition.together_figures(one, other, results, command)
     sections = list(_sections(tasks, figures, seeds, roles, judged))
     return write(out, "generality", figures, title="Where a vector works, and what made it so", sections=sections)
 
@@ -168,6 +190,17 @@ def _use(
     after = verdicts(studio, neutral, drawn, condition.drawing, [vectors.get(seed, condition.pairs)])
     prompt = verdicts(studio, rich, drawn, condition.drawing)
     return {key: found(task, verdict) for key, verdict in zip(SHARES, (before, after, prompt), strict=True)}
+
+
+def _follow(studio: Studio, task: Task, vectors: _Vectors, seed: int, roles: int, judged: int) -> dict[str, Any]:
+    return composition.follow(studio, task, vectors.get(seed, 4), _seeds(seed, judged), roles, Drawing())
+
+
+def _together(
+    studio: Studio, one: Task, other: Task, vectors: Sequence[_Vectors], seed: int, roles: int, judged: int
+) -> dict[str, Any]:
+    steers = [each.get(seed, 4) for each in vectors]
+    return composition.together(studio, one, other, steers, _seeds(seed, judged), roles, Drawing())
 
 
 def _ablate(studio: Studio, task: Task, options: dict[str, Any], seed: int, roles: int, judged: int) -> dict[str, Any]:
@@ -231,7 +264,7 @@ def _sections(
     )
     for task in tasks:
         mine = [figure for figure in figures if figure.extra["concept"] == task.name]
-        used = [figure for figure in mine if "condition" in figure.extra]
+        used = [f for f in mine if "condition" in f.extra and f.extra["group"] != composition.GROUP]
         whole = [figure for figure in used if "role" not in figure.extra]
         yield (
             f"{task.name}: used elsewhere",
@@ -239,8 +272,11 @@ def _sections(
             + pivot(whole, SHARES, label="condition", of=lambda f: f"{f.extra['group']}: {f.extra['condition']}"),
         )
         yield f"{task.name}: by role", _by_role(used)
+        yield composition.section_of_strengths(task, mine)
         tried = [figure for figure in mine if "ablation" in figure.extra]
         yield f"{task.name}: ablations", pivot(tried, ABLATED, label="changed", of=lambda f: f.extra["ablation"])
+    for one, other in composition.composable(tasks):
+        yield composition.section_of_pair(one, other, figures)
 
 
 def _by_role(figures: Sequence[Figure]) -> str:

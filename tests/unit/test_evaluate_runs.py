@@ -93,11 +93,17 @@ def test_generality_measures_every_condition_and_goes_on_where_it_was(studio, tm
 
     def run():
         options = {"seeds": 1, "roles": 2, "judged": 1, "quick": True}
-        return generality.run(studio, tasks(["woman"]), **options, out=tmp_path, command="c", say=lambda text: None)
+        both = tasks(["woman", "dark skin"])
+        return generality.run(studio, both, **options, out=tmp_path, command="c", say=lambda text: None)
 
     run()
     rows = json.loads((tmp_path / "generality.json").read_text(encoding="utf-8"))
-    assert {row["group"] for row in rows if "group" in row} == {"learned on", "sampler", "size"}
+    groups = {"learned on", "sampler", "size", "strength", "together"}
+    assert {row["group"] for row in rows if "group" in row} == groups
+    by_strength = [r["condition"] for r in rows if r["metric"] == "probability" and r["concept"] == "woman"]
+    assert by_strength == ["-1", "-0.5", "0", "0.5", "1", "1.5"]
+    sums = [r for r in rows if r["concept"] == "woman + dark skin" and r["metric"] == "share_both"]
+    assert [r["condition"] for r in sums] == ["none", "first", "second", "sum"] and all(r["n"] == 2 for r in sums)
     assert {row["ablation"] for row in rows if "ablation" in row} == {"default", "one pair"}
     assert all(set(KEYS) <= set(row) for row in rows)
     cost = studio.denoiser.cost.snapshot()
