@@ -14,6 +14,7 @@ from ..errors import LearnError
 from ..vector import ConceptVector
 
 Pairs = Sequence[tuple[str, str]]  # (neutral, positive) prompts
+FULL = 0.8  # explained: below, a vector without places leaves much of the prompt's effect out
 
 
 @dataclass
@@ -45,6 +46,8 @@ class LearnResult:
             lines.append(f"It takes {self.explained:.1%} off the prediction's error on unseen pictures.")
         elif self.explained is not None:
             lines.append(f"It reproduces {self.explained:.0%} of the prompt's own effect on unseen seeds.")
+            if self.explained < FULL and self.vector.tensor.ndim == 1:
+                lines.append("A map (C, H, W) may reach more: what it shows may sit at a place, as a smile does.")
         if self.separation is not None:
             two = "pictures with and without it" if self.method == "pictures" else "the two prompts"
             lines.append(f"It tells {two} apart in {self.separation:.0%} of cases (50% is chance).")
