@@ -60,8 +60,8 @@ class Bundle:
         )
         if len(data) > MAX_BYTES:
             raise VectorFileError(
-                f"{path} would have {len(data) / 2**20:.0f} MiB, more than {MAX_BYTES // 2**20} MiB: use vectors of the "
-                "form (C,)."
+                f"{path} would have {len(data) / 2**20:.0f} MiB, more than {MAX_BYTES // 2**20} MiB: "
+                "use vectors of the form (C,)."
             )
         return write_atomic(path, data, overwrite=overwrite)
 
