@@ -33,6 +33,7 @@ def curves(
     left, top, right, bottom = 56, 48, size[0] - 14, size[1] - 42 - 18 * len(under)
     drawn = [(name, colour, [point for point in values if _shown(point, log_x)]) for name, colour, values in lines]
     points = [point for _, _, values in drawn for point in values]
+    apart = min(200.0, (right - left) / max(1, len(drawn)))  # the names over the frame
     draw.text((8, 5), title, font=bold, fill=INK)
     draw.rectangle([left, top, right, bottom], outline=FRAME)
     if points:
@@ -55,14 +56,14 @@ def curves(
             draw.line([place(value, y_low), place(value, y_high)], fill=FRAME)
             draw.text((place(value, y_high)[0] + 4, top + 2), f"{value:g}", font=font, fill=INK)
         for value in (x_low, x_high):
-            draw.text((place(value, y_low)[0], bottom + 4), f"{value:g}", font=font, fill=INK, anchor="mt")
+            draw.text((place(value, y_low)[0], bottom + 4), f"{value:.4g}", font=font, fill=INK, anchor="mt")
         for number, (name, colour, values) in enumerate(drawn):
             kept = [place(x, y) for x, y in values]
             if len(kept) > 1:
                 draw.line(kept, fill=colour, width=2)
             for x, y in kept if len(kept) <= 25 else []:
                 draw.ellipse([x - 3, y - 3, x + 3, y + 3], fill=colour)
-            draw.text((left + 8 + 200 * number, 27), name, font=font, fill=colour)
+            draw.text((left + 8 + apart * number, 27), name, font=font, fill=colour)
     draw.text(((left + right) / 2, bottom + 4), x_label, font=font, fill=INK, anchor="mt")
     draw.multiline_text((8, bottom + 22), "\n".join(under), font=font, fill=INK)
     return image

@@ -21,7 +21,7 @@ Results = Mapping[tuple[str, str], list[Unit]]  # by (concept, method)
 Spent = Mapping[tuple[str, str], list[dict[str, Any]]]  # one result a seed
 REFERENCES = ("self_discovery", "self_discovery_cfg1")
 ALL = "all"  # the "concept" of figures over all concepts
-COLOURS = ((38, 98, 204), (110, 170, 240), (40, 150, 80), (222, 110, 20), (190, 60, 60), (130, 80, 180))
+COLOURS = ((38, 98, 204), (110, 170, 240), (40, 150, 80), (222, 110, 20), (190, 60, 60), (130, 80, 180), (70, 70, 74))
 COLUMNS = {
     "rows_to_reference_effect": "rows to self_discovery's effect",
     "rows_to_90_percent": "rows to 90 % of the prompt's effect",
