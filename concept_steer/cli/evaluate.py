@@ -38,6 +38,10 @@ def add_out(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=OUT, metavar="DIR", help=f"default: ./{OUT}")
 
 
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", default="demo", metavar="FILE", help="'demo' or a model of the same world")
+
+
 def names(text: str) -> list[str]:
     """Comma-separated names, as an argparse type."""
     found = [name.strip() for name in text.split(",") if name.strip()]
@@ -73,6 +77,7 @@ def add_learning(commands: Commands, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=positive, default=3, help="runs of learning each (default: 3)")
     parser.add_argument("--scale", choices=("full", "quick", "tiny"), default="full", help="how much is spent on each")
     parser.add_argument("--pictures", type=positive, help="that self_discovery makes (published: 1000)")
+    add_checkpoint(parser)
     add_out(parser)
 
 
@@ -90,13 +95,13 @@ def _learning(args: argparse.Namespace) -> int:
         scale = replace(scale, name=f"{scale.name}-{args.pictures}", pictures=args.pictures)
     chosen = tasks(args.concepts)
     written = learning.run(
-        Studio(),
+        Studio(args.checkpoint),
         chosen,
         args.methods,
         seeds=args.seeds,
         scale=scale,
         out=out,
-        command=command_line(args, "learning", "concepts", "methods", "seeds", "scale", "pictures"),
+        command=command_line(args, "learning", "concepts", "methods", "seeds", "scale", "pictures", "checkpoint"),
         say=_say,
     )
     return _done(written)
@@ -117,6 +122,7 @@ def add_generality(commands: Commands, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--judged", type=positive, default=8, help="pictures a role and condition (default: 8)")
     parser.add_argument("--roles", type=positive, default=4, help="unseen roles (default: 4)")
     parser.add_argument("--quick", action="store_true", help="fewer conditions and shorter learning, for a first look")
+    add_checkpoint(parser)
     add_out(parser)
 
 
@@ -127,14 +133,14 @@ def _generality(args: argparse.Namespace) -> int:
     from ..evaluate.tasks import tasks
 
     written = generality.run(
-        Studio(),
+        Studio(args.checkpoint),
         tasks(args.concepts),
         seeds=args.seeds,
         roles=args.roles,
         judged=args.judged,
         quick=args.quick,
         out=out,
-        command=command_line(args, "generality", "concepts", "seeds", "judged", "roles", "quick"),
+        command=command_line(args, "generality", "concepts", "seeds", "judged", "roles", "quick", "checkpoint"),
         say=_say,
     )
     return _done(written)
@@ -166,7 +172,7 @@ def add_fairness(commands: Commands, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=positive, default=12, help="DDIM steps (default: 12)")
     parser.add_argument("--guidance", type=float, default=4.0, help="classifier-free guidance (default: 4)")
     parser.add_argument("--seed", type=int, default=0, help="of the assignments and of learning (default: 0)")
-    parser.add_argument("--checkpoint", default="demo", metavar="FILE", help="'demo' or a model of the same world")
+    add_checkpoint(parser)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of drawing")
     parser.add_argument("--edit-scale", type=float, default=4.0, help="of fair_diffusion's edits (default: 4)")
     parser.add_argument("--self-discovery-pictures", type=positive, default=128, help="published: 1000; default: 128")

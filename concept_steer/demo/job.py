@@ -44,10 +44,14 @@ def pairs(roles: Sequence[str] = LEARN_ROLES, attribute: str = "woman") -> list[
 
 
 class Studio:
-    """The embedded model with its judges: prompts and seeds in, pictures and verdicts out."""
+    """The embedded model with its judges: prompts and seeds in, pictures and verdicts out.
 
-    def __init__(self) -> None:
-        self.denoiser = DiffusersDenoiser(model.pipeline())
+    checkpoint: "demo", or the file of another model of the same world.
+    """
+
+    def __init__(self, checkpoint: str = "demo") -> None:
+        self.name = Path(checkpoint).name
+        self.denoiser = DiffusersDenoiser(model.pipeline(path=model.file_of(checkpoint)))
         self.judges = judges.Judges()
 
     def draw(

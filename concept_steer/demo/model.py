@@ -65,6 +65,11 @@ def write_tokenizer(metadata: dict[str, str], folder: Path) -> Path:
     return folder
 
 
+def file_of(checkpoint: str) -> Path:
+    """What a command line names: 'demo', or the file of a model of the same world (such as the SD-like twin)."""
+    return MODEL_FILE if checkpoint == "demo" else Path(checkpoint)
+
+
 def load(path: Path = MODEL_FILE, device: str = "cpu", dtype: torch.dtype = torch.float32) -> DemoModel:
     """Load the embedded model; needs the `demo` extra (diffusers, transformers)."""
     try:

@@ -51,12 +51,8 @@ def roles_of(text: str) -> tuple[str, ...]:
 def load_model(checkpoint: str, dtype: str = "float32") -> DiffusersDenoiser:
     """'demo' or the file of a model of the same world (such as the SD-like twin) as a Denoiser on the CPU or a GPU."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    made = model.load(_model_file(checkpoint), device=device, dtype=DTYPES[dtype])
+    made = model.load(model.file_of(checkpoint), device=device, dtype=DTYPES[dtype])
     return DiffusersDenoiser(model.pipeline(made))
-
-
-def _model_file(checkpoint: str) -> Path:
-    return model.MODEL_FILE if checkpoint == "demo" else Path(checkpoint)
 
 
 def run(
@@ -100,7 +96,7 @@ def run(
     )
     learning = {"pictures": self_discovery_pictures, "rate": self_discovery_rate}
     settings = {
-        "checkpoint": model.file_hash(_model_file(checkpoint)),
+        "checkpoint": model.file_hash(model.file_of(checkpoint)),
         "learn_roles": LEARN_ROLES,
         "gate_roles": GATE_ROLES,
         "self_discovery": learning,

@@ -144,7 +144,7 @@ def run(
             for seed in range(seeds)
         ]
         figures += composition.together_figures(one, other, results, command)
-    sections = list(_sections(tasks, figures, seeds, roles, judged))
+    sections = list(_sections(tasks, figures, seeds, roles, judged, studio.name))
     return write(out, "generality", figures, title="Where a vector works, and what made it so", sections=sections)
 
 
@@ -254,11 +254,11 @@ def ablation_figures(task: Task, name: str, results: Sequence[dict[str, Any]], c
 
 
 def _sections(
-    tasks: Sequence[Task], figures: Sequence[Figure], seeds: int, roles: int, judged: int
+    tasks: Sequence[Task], figures: Sequence[Figure], seeds: int, roles: int, judged: int, model: str
 ) -> Iterator[Section]:
     yield (
         "How it was measured",
-        f"Embedded model, vectors learned by `score` with its defaults but for what a line names, {seeds} learning "
+        f"Model {model}, vectors learned by `score` with its defaults but for what a line names, {seeds} learning "
         f"seeds, {roles} unseen roles with {judged} pictures each a seed. Intervals: 95 %, Wilson for shares, "
         "bootstrap over learning seeds for the rest (so with two seeds no more than the two values).",
     )

@@ -69,7 +69,7 @@ def run(
             rows, took = units[0].rows[-1], result["seconds"][-1]
             say(f"  {name}: effect {curve(units).final:.2f} for {rows:.0f} rows, {took:.1f} s")
     figures = figures_of(results, spent, command)
-    return write_report(out, figures, results, list(tasks), list(methods), rates, scale, seeds)
+    return write_report(out, figures, results, list(tasks), list(methods), rates, scale, seeds, studio.name)
 
 
 def _learning_seed(seed: int) -> int:

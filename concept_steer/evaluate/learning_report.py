@@ -114,10 +114,11 @@ def write_report(
     rates: Mapping[str, float],
     scale: Scale,
     seeds: int,
+    model: str,
 ) -> list[Path]:
     """learning.json, learning.md and learning-effect.png in `out`; the paths."""
     sections: list[Section] = [
-        ("How it was measured", _about(scale, seeds)),
+        ("How it was measured", _about(scale, seeds, model)),
         ("Methods", _methods(methods, rates, scale)),
     ]
     for concept in dict.fromkeys(figure.extra["concept"] for figure in figures):
@@ -144,8 +145,8 @@ def _shares(results: Results, task: Task, methods: Sequence[str]) -> str:
     )
 
 
-def _about(scale: Scale, seeds: int) -> str:
-    return f"""Embedded model, {seeds} learning seeds, at each check the first {scale.roles} unseen roles with
+def _about(scale: Scale, seeds: int, model: str) -> str:
+    return f"""Model {model}, {seeds} learning seeds, at each check the first {scale.roles} unseen roles with
 {scale.judged} pictures each ({scale.sample_steps} DDIM steps, guidance {scale.guidance:g}; every learning seed is
 judged on pictures of its own).
 **Effect** = share that the judges find with the vector, less the share without, over the same gain of the rich prompt.
