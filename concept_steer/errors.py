@@ -25,3 +25,7 @@ class LearnError(ConceptSteerError):
 
 class SettingError(ConceptSteerError, ValueError):
     """A number or a choice out of its range (a strength that is not finite, an empty window, ...)."""
+
+
+class SafetyError(ConceptSteerError):
+    """The safety switch is on and cannot do its work: no picture may come out."""

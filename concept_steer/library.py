@@ -24,6 +24,7 @@ _WINDOWS = re.compile(r"(con|prn|aux|nul|com\d|lpt\d|conin\$|conout\$)(\..*)?", 
 _HASH = re.compile(r"[0-9a-f]{10,64}")
 _LONGEST = 120
 ATTRIBUTE_SUFFIX = ".attribute.safetensors"
+SAFETY_SUFFIX = ".safety.safetensors"
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,8 @@ def _scan(folder: Path) -> list[Entry]:
         for file in sorted(files):
             path = Path(place) / file
             inside = path.resolve().is_relative_to(root)
-            if path.name.endswith(ATTRIBUTE_SUFFIX):  # sets of vectors, see fairness/attributes.py
+            # sets of vectors, see fairness/attributes.py and safety/safety_set.py
+            if path.name.endswith((ATTRIBUTE_SUFFIX, SAFETY_SUFFIX)):
                 continue
             if path.suffix == SUFFIX and inside and path.is_file() and not _unsafe(path.stem):
                 found.append(Entry(path.relative_to(folder).with_suffix("").as_posix(), path))

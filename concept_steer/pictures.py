@@ -17,6 +17,12 @@ from .errors import ConceptSteerError
 Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 INK, PAPER, FRAME = (30, 30, 36), (255, 255, 255), (214, 216, 222)
 READ = (".png", ".jpg", ".jpeg", ".webp")
+FONT = Path(__file__).with_name("fonts") / "aileron.ttf"
+
+
+def lettering(size: int) -> ImageFont.FreeTypeFont:
+    """The font of all labels, size in pixels. Our own file: the web UIs ship a Pillow whose default has no sizes."""
+    return ImageFont.truetype(str(FONT), size, layout_engine=ImageFont.Layout.BASIC)
 
 
 def to_images(pixels: Tensor) -> list[Image.Image]:
@@ -77,7 +83,7 @@ def grid(
     font_size: int = 13,
 ) -> Image.Image:
     """Rows of images as one picture, with labels over the columns, before the rows and under every image."""
-    font = ImageFont.load_default(font_size)
+    font = lettering(font_size)
     draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     line = font_size + 5
     wide = max(len(row) for row in images)
@@ -91,7 +97,7 @@ def grid(
     canvas = Image.new("RGB", (left + wide * (cell + 4) + 4, top + len(images) * step + 4), PAPER)
     draw = ImageDraw.Draw(canvas)
     if title:
-        draw.text((6, 3), title, font=ImageFont.load_default(font_size + 2), fill=INK)
+        draw.text((6, 3), title, font=lettering(font_size + 2), fill=INK)
     for x, text in enumerate(column_texts):
         draw.multiline_text(
             (left + x * (cell + 4) + cell // 2, top - 4), text, font=font, fill=INK, anchor="md", align="center"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
-from .pictures import FRAME, INK, PAPER, Font
+from .pictures import FRAME, INK, PAPER, Font, lettering
 
 BLUE, ORANGE = (38, 98, 204), (222, 110, 20)
 Line = tuple[str, tuple[int, int, int], Sequence[tuple[float, float]]]  # name, colour, (x, y) points
@@ -26,7 +26,7 @@ def curves(
 
     log_x: x on a logarithmic scale, with every power of ten marked; x that is not above 0 is left out.
     """
-    font, bold = ImageFont.load_default(13), ImageFont.load_default(15)
+    font, bold = lettering(13), lettering(15)
     image = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(image)
     under = _wrapped(draw, footer, font, size[0] - 16) if footer else []
@@ -82,7 +82,7 @@ def _powers(low: float, high: float) -> list[float]:
 
 def card(title: str, rows: Sequence[tuple[str, str]], picture: Image.Image | None = None, width: int = 640):
     """Labels and values as a picture, long values wrapped, with a preview picture at the right."""
-    font, bold = ImageFont.load_default(14), ImageFont.load_default(18)
+    font, bold = lettering(14), lettering(18)
     measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     side = 200 if picture is not None else 0
     label_width = max((int(measure.textlength(label, font=font)) for label, _ in rows), default=0) + 20

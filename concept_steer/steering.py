@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 import torch.nn.functional as F
@@ -27,11 +27,33 @@ Rows = Literal["cond", "uncond", "both"]
 Operator = Literal["add", "remove", "gated"]
 
 
+class Gate(Protocol):
+    """Decides, from h at every step, for which pictures a steer acts. The others keep their bits."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Of what it does."""
+        ...
+
+    def at(self, timestep: float, device: torch.device | str = "cpu") -> Any:
+        """The tensors that `opened` needs at a timestep."""
+        ...
+
+    def opened(self, h: Tensor, at: Any) -> Tensor:
+        """(B, 1, 1, 1) bool for h (B, C, H, W): tensor code only."""
+        ...
+
+    def saw(self, timestep: float, opened: Tensor, rows: Sequence[bool] | None = None) -> None:
+        """Told what it opened; rows: those of h that the steer acts on (None: all). For counting, never for acting."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class Steer:
     """One vector at work. Immutable, so it may be shared between threads, branches of a graph and copies of a model.
 
     rows: which part of the CFG batch. mask: (H, W) or (1, H, W), 0..1, any size. threshold: for "gated", in units of h.
+    gate: with one, the steer acts on those pictures only whose h opens it, step by step.
     Errors: SettingError for a value out of range.
     """
 
@@ -42,6 +64,7 @@ class Steer:
     mask: Tensor | None = None
     operator: Operator = "add"
     threshold: float = 0.0
+    gate: Gate | None = None
 
     def __post_init__(self) -> None:
         for name, value in (("strength", self.strength), ("threshold", self.threshold)):
@@ -89,13 +112,24 @@ class Steer:
         s = self.schedule
         digest = "" if self.mask is None else hashlib.sha256(self.mask.numpy().tobytes()).hexdigest()
         start_end = (s.start, s.end, s.fade)
-        return (self.vector.fingerprint, self.strength, self.rows, self.operator, *start_end, self.threshold, digest)
+        gate = "" if self.gate is None else self.gate.fingerprint
+        return (
+            self.vector.fingerprint,
+            self.strength,
+            self.rows,
+            self.operator,
+            *start_end,
+            self.threshold,
+            digest,
+            gate,
+        )
 
 
-def delta(h: Tensor, steer: Steer, timestep: float) -> Tensor | None:
+def delta(h: Tensor, steer: Steer, timestep: float, rows: Sequence[bool] | None = None) -> Tensor | None:
     """What one steer adds to h (B, C, H, W; any float dtype): fp32, broadcastable to h; None when it adds nothing.
 
-    `timestep`: the model's training timestep, 999 (noise) .. 0 (picture). Rows are not looked at here, see `apply`.
+    `timestep`: the model's training timestep, 999 (noise) .. 0 (picture). `rows`: those that will be steered, which
+    only a gate that counts wants to know; see `apply`.
     With c the vector and v its unit vector, both per position:
     add: strength * ramp * c * mask; remove: -strength * ramp * max(<h, v>, 0) * v * mask;
     gated: as add, where <h, v> > threshold. Errors: FamilyMismatch when h has other channels than the vector.
@@ -113,6 +147,10 @@ def delta(h: Tensor, steer: Steer, timestep: float) -> Tensor | None:
         return None
     c = sized(steer.vector.at(timestep, h.device), h.shape[-2:])
     result = formula(h, c, gain, steer.operator, steer.threshold)
+    if steer.gate is not None:
+        opened = steer.gate.opened(h, steer.gate.at(timestep, h.device))
+        steer.gate.saw(timestep, opened, rows)
+        result = torch.where(opened, result, torch.zeros_like(result))
     mask = steer.mask_for(h)
     return result if mask is None else result * mask
 
@@ -131,11 +169,11 @@ def formula(h: Tensor, c: Tensor, gain: float | Tensor, operator: Operator, thre
     return c * gain * (presence > threshold)
 
 
-def total(h: Tensor, steers: Sequence[Steer], timestep: float) -> Tensor | None:
+def total(h: Tensor, steers: Sequence[Steer], timestep: float, rows: Sequence[bool] | None = None) -> Tensor | None:
     """The sum of all deltas, fp32, broadcastable to h, or None. The order of `steers` never changes a bit."""
     result: Tensor | None = None
     for steer in in_order(steers):
-        part = delta(h, steer, timestep)
+        part = delta(h, steer, timestep, rows)
         if part is not None:
             result = part if result is None else result + part
     return result
@@ -156,12 +194,15 @@ def apply(h: Tensor, steers: Sequence[Steer], timestep: float, is_cond: Sequence
     for kind, wanted in (("cond", True), ("uncond", False)):
         if wanted not in flags:
             continue
-        added = total(h, [s for s in steers if s.rows in (kind, "both")], timestep)
+        mine = [s for s in steers if s.rows in (kind, "both")]
+        added = total(h, mine, timestep, [flag == wanted for flag in flags])
         if added is None:
             continue
         # summed in at least fp32 and rounded once, so that half precision hosts lose as little as possible
         wide = torch.promote_types(h.dtype, torch.float32)
         steered = (h.to(wide) + added.to(wide)).to(h.dtype)
+        if any(s.gate is not None for s in mine):
+            steered = torch.where(added == 0, h, steered)  # adding 0 would turn the sign of -0
         if flags.count(wanted) == len(flags):
             return steered
         chosen = torch.tensor([flag == wanted for flag in flags], device=h.device).view(-1, 1, 1, 1)

@@ -10,7 +10,7 @@ except ImportError as error:
         "Your other nodes are not affected."
     ) from error
 
-from . import demo, discover, fair, learn, safe_latent_diffusion, steer, strip, vectors
+from . import demo, discover, fair, learn, safe_latent_diffusion, safety, steer, strip, vectors
 from .common import register_folder
 
 
@@ -28,6 +28,7 @@ class ConceptSteerExtension(ComfyExtension):
             *fair.NODES,
             *discover.NODES,
             *safe_latent_diffusion.NODES,
+            *safety.NODES,
         ]
 
 

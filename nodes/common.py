@@ -105,8 +105,3 @@ def denoiser_of(model: Any, clip: Any, vae: Any, size: int) -> Denoiser:
     from ..concept_steer.hosts.comfy_denoiser import ComfyDenoiser
 
     return ComfyDenoiser(model, clip, vae, size or None)
-
-
-def lines_of(text: str) -> list[str]:
-    """The lines of a text field that say something."""
-    return [line.strip() for line in text.splitlines() if line.strip()]

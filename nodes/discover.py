@@ -14,8 +14,9 @@ from ..concept_steer.analysis.strips import STRENGTHS, Strips, contact_sheet
 from ..concept_steer.denoiser import Denoiser
 from ..concept_steer.errors import ConceptSteerError, LearnError
 from ..concept_steer.learn.found import FoundDirection
+from ..concept_steer.learn.request import lines_of
 from ..concept_steer.pictures import grid
-from .common import Vector, denoiser_of, lines_of, schema, to_image_tensor
+from .common import Vector, denoiser_of, schema, to_image_tensor
 from .learn import SEED, SIZE
 from .watch import Watch
 

@@ -10,16 +10,14 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..concept_steer.errors import LearnError
-from ..concept_steer.learn import LearnResult, learn_difference, learn_pictures, learn_score, learn_self_discovery
+from ..concept_steer.learn import LearnResult
 from ..concept_steer.learn.preview import Preview, learning_curve
+from ..concept_steer.learn.request import METHODS, PICTURES, STEPS, LearnRequest
 from ..concept_steer.pictures import stacked
-from .common import Vector, denoiser_of, lines_of, schema, to_image_tensor, to_pixels
+from .common import Vector, denoiser_of, schema, to_image_tensor, to_pixels
 from .watch import Watch
 
-SCORE, DIFFERENCE = "the model's own predictions (best)", "difference of means (fastest)"
-SELF_DISCOVERY = "self-discovery (the published recipe, slow)"
-RECIPE_BATCH = 8  # pictures a step, as published
-PICTURE_STEPS = 100
+WORDS = {words: method for method, words in METHODS.items() if method != PICTURES}
 
 
 def _learned(cls: Any, result: LearnResult, watch: Watch) -> io.NodeOutput:
@@ -37,18 +35,13 @@ def _learned(cls: Any, result: LearnResult, watch: Watch) -> io.NodeOutput:
     return io.NodeOutput(result.vector, result.summary(), shown[0], ui={"images": saved, "animated": (False,)})
 
 
-def pairs_of(neutral: str, positive: str) -> list[tuple[str, str]]:
-    """One pair a line; a single line on one side goes with every line of the other."""
-    low, high = lines_of(neutral), lines_of(positive)
-    if not low or not high:
-        raise LearnError("Give both: a neutral prompt (a doctor) and one with the concept (a woman doctor).")
-    if len(low) != len(high) and 1 not in (len(low), len(high)):
-        raise LearnError(
-            f"There are {len(low)} neutral prompts and {len(high)} with the concept: give the same number of lines, "
-            "or a single line on one side."
-        )
-    count = max(len(low), len(high))
-    return [(low[i % len(low)], high[i % len(high)]) for i in range(count)]
+def _learn(request: LearnRequest, denoiser: Any, watch: Watch, pixels: Any = None, without: Any = None) -> LearnResult:
+    try:
+        return request.run(denoiser, pixels, without, caching=watch.caching, progress=watch.step, stop=watch.stop)
+    except LearnError:
+        if watch.interrupted:  # before its first step: there is nothing to keep
+            raise comfy.model_management.InterruptProcessingException from None
+        raise
 
 
 OUTPUTS = [
@@ -93,13 +86,17 @@ class LearnConceptPrompts(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "method",
-                    options=[SCORE, DIFFERENCE, SELF_DISCOVERY],
-                    default=SCORE,
+                    options=list(WORDS),
+                    default=METHODS["score"],
                     tooltip="The first learns until strength 1 does what the prompt does; the second takes a mean; "
                     "the third draws pictures and learns from them, as published with 1000 examples and 2500 steps.",
                 ),
                 io.Int.Input(
-                    "steps", default=50, min=1, max=5000, tooltip="Most steps of learning; it may end sooner."
+                    "steps",
+                    default=STEPS["score"],
+                    min=1,
+                    max=5000,
+                    tooltip="Most steps of learning; it may end sooner.",
                 ),
                 io.Int.Input(
                     "examples",
@@ -137,43 +134,21 @@ class LearnConceptPrompts(io.ComfyNode):
         spatial: bool = False,
         vae: Any = None,
     ) -> io.NodeOutput:
-        pairs = pairs_of(neutral, positive)
+        request = LearnRequest(
+            WORDS[method],
+            neutral,
+            positive,
+            steps=steps,
+            examples=examples,
+            seed=vector_seed,
+            title=title,
+            spatial=spatial,
+        )
+        prompts = request.preview_prompts()
         denoiser = denoiser_of(model, clip, vae, size)
-        prompts = [pairs[i % len(pairs)][0] for i in range(4)]
         preview = None if vae is None else Preview(denoiser, prompts, [vector_seed + 1000 + i for i in range(4)])
         watch = Watch(cls.hidden.unique_id, preview)
-        common: dict[str, Any] = {"seed": vector_seed, "title": title.strip(), "spatial": spatial}
-        try:
-            if method == DIFFERENCE:
-                result = learn_difference(denoiser, pairs, progress=lambda i, n: watch.caching(i, n), **common)
-            elif method == SELF_DISCOVERY:
-                result = learn_self_discovery(
-                    denoiser,
-                    pairs,
-                    pictures=examples,
-                    epochs=max(1, round(steps * RECIPE_BATCH / examples)),
-                    batch=RECIPE_BATCH,
-                    caching=watch.caching,
-                    progress=watch.step,
-                    stop=watch.stop,
-                    **common,
-                )
-            else:
-                result = learn_score(
-                    denoiser,
-                    pairs,
-                    steps=steps,
-                    trajectories=examples,
-                    caching=watch.caching,
-                    progress=watch.step,
-                    stop=watch.stop,
-                    **common,
-                )
-        except LearnError:
-            if watch.interrupted:  # before its first step: there is nothing to keep
-                raise comfy.model_management.InterruptProcessingException from None
-            raise
-        return _learned(cls, result, watch)
+        return _learned(cls, _learn(request, denoiser, watch), watch)
 
 
 class LearnConceptPictures(io.ComfyNode):
@@ -191,7 +166,9 @@ class LearnConceptPictures(io.ComfyNode):
                 io.Vae.Input("vae", tooltip="Its VAE: it reads the pictures."),
                 io.Image.Input("images", tooltip="5 to 20 pictures of the concept, of one size."),
                 io.String.Input("prompt", default="a person", tooltip="What the pictures show, without the concept."),
-                io.Int.Input("steps", default=PICTURE_STEPS, min=1, max=5000, tooltip="Most steps; it may end sooner."),
+                io.Int.Input(
+                    "steps", default=STEPS[PICTURES], min=1, max=5000, tooltip="Most steps; it may end sooner."
+                ),
                 SEED,
                 io.String.Input("title", default="my concept", tooltip="The vector's name."),
                 SIZE,
@@ -222,28 +199,12 @@ class LearnConceptPictures(io.ComfyNode):
         spatial: bool = False,
         without: torch.Tensor | None = None,
     ) -> io.NodeOutput:
+        request = LearnRequest(PICTURES, prompt=prompt, steps=steps, seed=vector_seed, title=title, spatial=spatial)
         denoiser = denoiser_of(model, clip, vae, size)
-        preview = Preview(denoiser, [prompt] * 4, [vector_seed + 1000 + i for i in range(4)])
+        preview = Preview(denoiser, request.preview_prompts(), [vector_seed + 1000 + i for i in range(4)])
         watch = Watch(cls.hidden.unique_id, preview)
-        try:
-            result = learn_pictures(
-                denoiser,
-                to_pixels(images),
-                prompt,
-                without=None if without is None else to_pixels(without),
-                steps=steps,
-                seed=vector_seed,
-                title=title.strip(),
-                spatial=spatial,
-                caching=watch.caching,
-                progress=watch.step,
-                stop=watch.stop,
-            )
-        except LearnError:
-            if watch.interrupted:
-                raise comfy.model_management.InterruptProcessingException from None
-            raise
-        return _learned(cls, result, watch)
+        reference = None if without is None else to_pixels(without)
+        return _learned(cls, _learn(request, denoiser, watch, to_pixels(images), reference), watch)
 
 
 NODES = [LearnConceptPrompts, LearnConceptPictures]

@@ -8,39 +8,25 @@ import comfy.model_management
 import comfy.utils
 from PIL import Image
 
+from ..concept_steer.learn import watch
 from ..concept_steer.learn.preview import Preview
-from ..concept_steer.vector import ConceptVector
-
-CACHING = 40  # percent of the progress bar that drawing trajectories takes
-PREVIEWS = 4  # live previews while learning
 
 
-class Watch:
+class Watch(watch.Watch):
     """Progress bar with live preview, and ComfyUI's Interrupt button: it ends learning, the best so far is kept."""
 
     def __init__(self, node_id: Any, preview: Preview | None) -> None:
+        super().__init__(preview)
         self.bar = comfy.utils.ProgressBar(100, node_id=node_id)
-        self.preview = preview
-        self.interrupted = False
 
-    def stop(self) -> bool:
-        self.interrupted = self.interrupted or comfy.model_management.processing_interrupted()
-        return self.interrupted
-
-    def caching(self, done: int, total: int) -> None:
-        self.at(CACHING * done / total)
-
-    def step(self, step: int, steps: int, loss: float, vector: ConceptVector) -> None:
-        image = None
-        if self.preview is not None and step % max(1, steps // PREVIEWS) == 0 and not self.stop():
-            image = self.preview.sheet(vector, f"step {step} of {steps}, loss {loss:.3f}")
-        self.at(CACHING + (100 - CACHING) * step / steps, image)
+    def asked(self) -> bool:
+        return comfy.model_management.processing_interrupted()
 
     def last(self, image: Image.Image) -> None:
         """The page goes on showing a node's last live picture in front of its outputs: let it be the right one."""
-        self.at(100, image, 1024)
+        self.at(100, image, side=1024)
 
-    def at(self, percent: float, image: Image.Image | None = None, side: int = 768) -> None:
+    def at(self, percent: float, image: Image.Image | None = None, words: str = "", side: int = 768) -> None:
         if self.stop():
             return
         try:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from .help import Commands, command, positive
-from .models import VectorSpec, add_model_options, draw, load_checkpoint, load_vector, vector_spec
+from .models import VectorSpec, add_model_options, load_checkpoint, load_vector, vector_spec
 from .output import ready_folder, write_picture
+from .safety import Guard, add_safety_options
 
 if TYPE_CHECKING:
     from ..steering import Steer
@@ -53,6 +54,7 @@ def add(commands: Commands, common: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("concept-steer-out"), metavar="DIR", help="default: ./concept-steer-out"
     )
+    add_safety_options(parser)
     add_model_options(parser)
 
 
@@ -67,8 +69,9 @@ def _apply(args: argparse.Namespace) -> int:
     prompts = [args.prompt] * args.count
     seeds = [args.seed + i for i in range(args.count)]
     sampling = {"steps": args.steps, "guidance": args.guidance, "negative": args.negative, "batch": args.batch}
-    before = draw(denoiser, prompts, seeds, label="without", **sampling)
-    after = draw(denoiser, prompts, seeds, steers, label="with", **sampling)
+    guard = Guard(args, denoiser)
+    before, told_before = guard.draw(prompts, seeds, label="without", **sampling)
+    after, told = guard.draw(prompts, seeds, steers, label="with", **sampling)
 
     settings: dict[str, Any] = {
         "version": __version__,
@@ -83,13 +86,17 @@ def _apply(args: argparse.Namespace) -> int:
     used = [_described(spec, steer) for spec, steer in zip(specs, steers, strict=True)]
     run = _next_run(out)
     for seed, old, new in zip(seeds, before, after, strict=True):
-        write_picture(old, out / f"{run:04d}-{seed}-without.png", {**settings, "seed": seed})
-        write_picture(new, out / f"{run:04d}-{seed}-with.png", {**settings, "seed": seed, "vectors": used})
+        write_picture(old, out / f"{run:04d}-{seed}-without.png", {**settings, **told_before, "seed": seed})
+        with_settings = {**settings, **told, "seed": seed, "vectors": used}
+        write_picture(new, out / f"{run:04d}-{seed}-with.png", with_settings)
     words = ", ".join(f"{steer.vector.name} {steer.strength:g}" for steer in steers)
     from ..pictures import before_after
 
     sheet = before_after(before, after, [f"seed {seed}" for seed in seeds], args.prompt, words)
-    path = write_picture(sheet, out / f"{run:04d}-sheet.png", {**settings, "seeds": seeds, "vectors": used})
+    about = {**settings, **told, "seeds": seeds, "vectors": used}
+    path = write_picture(sheet, out / f"{run:04d}-sheet.png", about)
+    if guard.on:
+        print(guard.said)
     print(f"{args.count} pictures without and {args.count} with {words} are in {out}; both side by side: {path}")
     return 0
 

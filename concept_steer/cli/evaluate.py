@@ -30,7 +30,9 @@ def add(commands: Commands, common: argparse.ArgumentParser) -> None:
         "was\nstopped goes on where it was.",
     )
     below = parser.add_subparsers(title="measurements", metavar="MEASUREMENT", required=True)
-    for add_one in MEASUREMENTS:
+    from . import evaluate_safety  # late: it uses what this module has
+
+    for add_one in (*MEASUREMENTS, *evaluate_safety.MEASUREMENTS):
         add_one(below, common)
 
 

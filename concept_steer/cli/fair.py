@@ -11,8 +11,9 @@ from .. import __version__
 from ..errors import ConceptSteerError, LibraryError
 from .attributes import Definitions, attribute_of, definitions_of
 from .help import Commands, command, positive
-from .models import add_model_options, draw, load_checkpoint, load_vector
+from .models import add_model_options, load_checkpoint, load_vector
 from .output import ready_folder, write_picture
+from .safety import Guard, add_safety_options
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -88,6 +89,7 @@ def add(commands: Commands, common: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("concept-steer-fair"), metavar="DIR", help="default: ./concept-steer-fair"
     )
+    add_safety_options(parser)
     add_model_options(parser)
 
 
@@ -104,12 +106,13 @@ def _fair(args: argparse.Namespace) -> int:
         print(f"{name}: {decision.text()}.")
     seeds = [args.seed + args.first + i for i in range(args.count)]
     sampling = {"steps": args.steps, "guidance": args.guidance, "negative": args.negative, "batch": args.batch}
-    images = draw(denoiser, [plan.drawn] * args.count, seeds, plan.steers, label="fair", **sampling)  # type: ignore[arg-type]
+    guard = Guard(args, denoiser)
+    images, safety = guard.draw([plan.drawn] * args.count, seeds, plan.steers, label="fair", **sampling)
     observed = _judged(denoiser, images, targets)
-    told = plan.report(observed)
-    text = describe(told)
+    told = {**plan.report(observed), **safety}
+    text = describe(told) + (f"\n{guard.said}" if guard.on else "")
     if args.compare:
-        before = draw(denoiser, [plan.drawn] * args.count, seeds, label="without", **sampling)
+        before, _ = guard.draw([plan.drawn] * args.count, seeds, label="without", **sampling)
         other = plan.report(_judged(denoiser, before, targets))
         told["without"] = {name: about.get("observed") for name, about in other["attributes"].items()}
         text += _in_words(told["without"])
@@ -127,6 +130,7 @@ def _fair(args: argparse.Namespace) -> int:
         "mode": args.mode,
         "run_seed": args.seed,
         "phrases": [one.text() for one in plan.found],
+        **safety,
     }
     for i, image in enumerate(images):
         about = {**settings, "seed": seeds[i], "number": args.first + i, "assigned": plan.given(i)}

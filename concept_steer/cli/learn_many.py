@@ -57,7 +57,7 @@ def run(args: argparse.Namespace, interruptible: Interruptible) -> int:
 
     concepts = read_concepts(args.concepts)
     folder = ready_folder(Path(args.out).expanduser())
-    with _place(args.device) as place, interruptible() as asked:
+    with process_place(args.device) as place, interruptible() as asked:
         denoiser = load_checkpoint(args.checkpoint, place.device, args.dtype)
         mine = f" on process {place.rank + 1} of {place.processes}" if place.processes > 1 else ""
         with bar("learning") as progress:
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace, interruptible: Interruptible) -> int:
 
 
 @contextmanager
-def _place(device: str) -> Iterator[Place]:
+def process_place(device: str) -> Iterator[Place]:
     """This process among those of `accelerate launch` (or torchrun); alone where nothing of the kind started it."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         yield Place(device)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..errors import ConceptSteerError
-from . import apply, demo, discover, evaluate, fair, learn, vectors
+from . import apply, demo, discover, evaluate, fair, learn, safety, vectors
 from .help import Parser
 
 EPILOG = """start here:
@@ -47,6 +47,7 @@ def parser() -> Parser:
         add(commands, common)
     demo.add_export(commands, common)
     fair.add(commands, common)
+    safety.add(commands, common)
     evaluate.add(commands, common)
     discover.add(commands, common)
     return root

@@ -11,28 +11,15 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import ConceptSteerError
-from ..family import detect
 from ..steering import Steer, check_steers
-from .comfy_plan import KEY, PICTURES, PLAN, ROWS, STEERS, Rows, plan_of, steered
+from .comfy_plan import KEY, PICTURES, PLAN, ROWS, STEERS, Rows, plan_of, steered, take_over, tell_gates
+from .ldm_unet import unet_family
 
 
 def family_of(model: Any) -> tuple[str, int]:
     """(family key, channels of h) of a MODEL; ConceptSteerError when it has no mid block to steer."""
-    unet = model.model.diffusion_model
-    if not all(hasattr(unet, name) for name in ("input_blocks", "output_blocks", "channel_mult")):
-        raise ConceptSteerError(
-            f"This model is a {type(unet).__name__} ({type(model.model).__name__}), which has no UNet mid block: "
-            "concept vectors need a UNet. Load an SD 1.x, SD 2.x or SDXL checkpoint, or the demo model."
-        )
-    if unet.middle_block is None:
-        raise ConceptSteerError(
-            "This UNet has no mid block (some distilled models drop it), so there is no h-space to steer. "
-            "Use a model with a mid block, e.g. the one it was distilled from."
-        )
     width = model.model.model_config.unet_config.get("context_dim") or 0
-    channels = unet.model_channels * unet.channel_mult[-1]
-    return detect(cross_attention_dim=width, channels=channels, model_channels=unet.model_channels), channels
+    return unet_family(model.model.diffusion_model, width, type(model.model).__name__)
 
 
 def steer_model(model: Any, steers: Sequence[Steer]) -> Any:
@@ -107,7 +94,7 @@ def apply_model(
 ) -> Any:
     """APPLY_MODEL wrapper: from sigma and the rows of this batch make the plan that the patch adds."""
     options = dict(transformer_options or {})
-    options.pop(PLAN, None)
+    further_out = options.pop(PLAN, None)  # the model and a prompt may both have brought this wrapper
     base = executor.class_obj
     unet = base.diffusion_model
     if hasattr(unet, "channel_mult"):
@@ -115,7 +102,12 @@ def apply_model(
         plan = plan_of(options, x, timestep, len(unet.channel_mult) - 1)
         if plan is not None:
             options[PLAN] = plan
-    return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+    result = executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+    if PLAN in options:
+        tell_gates(options[PLAN])
+    if further_out is not None:
+        take_over(further_out)
+    return result
 
 
 def before_decoder(h: Tensor, hsp: Any, transformer_options: Any) -> tuple[Tensor, Any]:

@@ -5,7 +5,6 @@ The UNet is taken with its weights as they are loaded (LoRAs included), without 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -17,12 +16,10 @@ import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import forward_timestep_embed, timestep_embedding
 from torch import Tensor, nn
 
-from ..denoiser import Conditioning, Cost, HState, NoiseSchedule, Steers, Time, frozen, steer_rows, steers_of_rows
+from ..denoiser import Conditioning, HState, NoiseSchedule
 from ..errors import ConceptSteerError, LearnError
-from ..steering import check_steers
 from .comfy import family_of
-
-SIZES = {"sd1": 64, "sd2": 64, "sdxl": 128, "sdxl-refiner": 128, "demo": 16}  # cells of the latent a side
+from .ldm_unet import LdmDenoiser, RunBlock, decoder_half
 
 
 class DecoderHalf(nn.Module):
@@ -34,17 +31,21 @@ class DecoderHalf(nn.Module):
 
     def forward(self, h: Tensor, skips: tuple[Tensor, ...], emb: Tensor, context: Tensor) -> Tensor:
         """h and skips of the encoder half -> prediction (B, C, H, W); as UNetModel's own forward."""
-        options: dict[str, Any] = {"transformer_index": 0}
-        dtype, left = h.dtype, list(skips)
-        for number, block in enumerate(self.output_blocks):
-            options["block"] = ("output", number)
-            h = torch.cat([h, left.pop()], dim=1)
-            shape = left[-1].shape if left else None
-            h = forward_timestep_embed(block, h, emb, context, options, shape)
-        return self.out(h.type(dtype))
+        return decoder_half(self.output_blocks, self.out, h, skips, run_block(emb, context))
 
 
-class ComfyDenoiser:
+def run_block(emb: Tensor, context: Tensor) -> RunBlock:
+    """How ComfyUI calls one block of its UNet; all blocks of one evaluation share their options."""
+    options: dict[str, Any] = {"transformer_index": 0}
+
+    def run(block: Any, h: Tensor, place: tuple[str, int], shape: Any) -> Tensor:
+        options["block"] = place
+        return forward_timestep_embed(block, h, emb, context, options, shape)
+
+    return run
+
+
+class ComfyDenoiser(LdmDenoiser):
     """A Denoiser on a MODEL; clip is needed for prompts, vae for pictures. size: of a picture's side in pixels.
 
     Calls do not switch gradients off. Weights that ComfyUI made inside torch.inference_mode cannot take part in a
@@ -52,31 +53,10 @@ class ComfyDenoiser:
     """
 
     def __init__(self, model: Any, clip: Any = None, vae: Any = None, size: int | None = None) -> None:
-        self._family, self._channels = family_of(model)
+        family, channels = family_of(model)
+        super().__init__(model.model.diffusion_model, family, channels, size)
         self.model, self.clip, self.vae = model, clip, vae
-        self.unet = model.model.diffusion_model
-        if self.unet.in_channels != 4 or self.unet.out_channels != 4:
-            raise ConceptSteerError(
-                f"This UNet has {self.unet.in_channels} input and {self.unet.out_channels} output channels (an "
-                "inpainting or editing model?): not supported for learning. Use a plain text-to-image model; steering "
-                "its pictures with Concept Steer works all the same."
-            )
-        cells = SIZES.get(self._family, 64) if size is None else size // 8
-        self._latent_shape = (4, cells, cells)
         self._copies: dict[str, Tensor] | None = None
-        self.cost = Cost()
-
-    @property
-    def family(self) -> str:
-        return self._family
-
-    @property
-    def channels(self) -> int:
-        return self._channels
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        return self._latent_shape
 
     @property
     def device(self) -> torch.device:
@@ -99,15 +79,6 @@ class ComfyDenoiser:
                 "the model before its ModelSampling node."
             )
         return NoiseSchedule(1 / (1 + sampling.sigmas.double().cpu() ** 2), "v_prediction" if v else "epsilon")
-
-    @cached_property
-    def checkpoint_hash(self) -> str:
-        """sha256 over names, shapes and bytes of the UNet's weights as they are in memory, 64 hex digits."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.unet.state_dict().items()):
-            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        return digest.hexdigest()
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> Conditioning:
@@ -133,30 +104,11 @@ class ComfyDenoiser:
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
-        with frozen(self.unet):
+        with super().frozen():
             try:
                 yield
             finally:
                 self._copies = None
-
-    def to_h(self, x: Tensor, t: Time, cond: Conditioning) -> HState:
-        """x (B, 4, H, W), t in training timesteps -> h and what the decoder needs; UNetModel's forward up to there."""
-        self._ready()
-        self.cost.encoder_rows += x.shape[0]
-        unet, x, context = self.unet, x.to(self.dtype), cond.embeds.to(self.dtype)
-        times = timestep_embedding(self._times(t, x), unet.model_channels, repeat_only=False)
-        emb = unet.time_embed(times.to(x.dtype))
-        if unet.num_classes is not None:
-            emb = emb + unet.label_emb(self._label(x, cond))
-        options: dict[str, Any] = {"transformer_index": 0}
-        h, skips = x, []
-        for number, block in enumerate(unet.input_blocks):
-            options["block"] = ("input", number)
-            h = forward_timestep_embed(block, h, emb, context, options)
-            skips.append(h)
-        options["block"] = ("middle", 0)
-        h = forward_timestep_embed(unet.middle_block, h, emb, context, options)
-        return HState(h, tuple(skips), emb, cond)
 
     def from_h(self, state: HState) -> Tensor:
         self._ready()
@@ -170,31 +122,20 @@ class ComfyDenoiser:
             self._copies = {name: tensor.detach().clone() for name, tensor in weights.items()}
         return torch.func.functional_call(decoder, self._copies, args)
 
-    def predict(
-        self, x: Tensor, t: Time, cond: Conditioning, steers: Steers = (), is_cond: Sequence[bool] | None = None
-    ) -> Tensor:
-        """The UNet's prediction (B, 4, H, W), fp32; without steers its own untouched forward."""
-        if steers:
-            different = {id(s): s for row in set(steers_of_rows(steers, x.shape[0])) for s in row}
-            check_steers(tuple(different.values()), self.family, self.channels)
-            state = self.to_h(x, t, cond)
-            return self.from_h(state.with_h(steer_rows(state.h, steers, t, is_cond))).float()
-        self._ready()
-        self.cost.encoder_rows += x.shape[0]
-        self.cost.decoder_rows += x.shape[0]
-        x = x.to(self.dtype)
-        y = self._label(x, cond) if self.unet.num_classes is not None else None
-        return self.unet(x, self._times(t, x), context=cond.embeds.to(self.dtype), y=y, transformer_options={}).float()
-
     def _ready(self) -> None:
-        """The UNet on its device: reading text or pictures may have pushed it out."""
         comfy.model_management.load_models_gpu([self.model])
 
-    def _times(self, t: Time, x: Tensor) -> Tensor:
-        return torch.as_tensor(t, dtype=torch.float32, device=x.device).reshape(-1).expand(x.shape[0])
+    def _time_embedding(self, times: Tensor) -> Tensor:
+        return timestep_embedding(times, self.unet.model_channels, repeat_only=False)
+
+    def _run_block(self, emb: Tensor, context: Tensor) -> RunBlock:
+        return run_block(emb, context)
+
+    def _whole(self, x: Tensor, times: Tensor, context: Tensor, label: Tensor | None) -> Tensor:
+        return self.unet(x, times, context=context, y=label, transformer_options={})
 
     def _label(self, x: Tensor, cond: Conditioning) -> Tensor:
-        """SDXL's added condition: pooled prompt and the picture's size."""
+        """Pooled prompt and the picture's size."""
         if cond.pooled is None:
             raise ConceptSteerError("This UNet needs the pooled prompt too: use the CLIP of the same checkpoint.")
         size = {"width": x.shape[-1] * 8, "height": x.shape[-2] * 8}

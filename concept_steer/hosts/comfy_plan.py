@@ -7,22 +7,47 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import uuid4
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import ConceptSteerError
-from ..steering import Steer, formula, in_order, sized
+from ..errors import ConceptSteerError, SafetyError
+from ..steering import Gate, Steer, formula, in_order, sized
 
 KEY = "concept_steer"
 STEERS, PICTURES, ROWS, PLAN = (f"{KEY}_{name}" for name in ("steers", "pictures", "rows", "plan"))
 SAFETY = f"{KEY}_safety"  # the guider's list of conditionings that only safety guidance looks at: never steered
 ASIDE = "aside"  # its kind of row
 Area = tuple[int, int, int, int]  # height, width, top, left, in cells of the latent
-Term = tuple[Tensor, Tensor, str, float, Tensor | None]  # c, gain (B, 1, 1, 1), operator, threshold, mask
+
+
+class Gated(NamedTuple):
+    """A steer's gate at the timestep of one evaluation; `seen` receives what it opened, (B, 1, 1, 1) bool.
+
+    None in it: another plan for the same rows was made, used and told of further in.
+    """
+
+    gate: Gate
+    at: Any
+    timestep: float
+    rows: list[bool]
+    seen: list[Tensor | None]
+
+
+class Term(NamedTuple):
+    """A steer that depends on h. c (1, C, H or 1, W or 1), gain (B, 1, 1, 1), mask (1 or B, 1, H, W)."""
+
+    c: Tensor
+    gain: Tensor
+    operator: str
+    threshold: float
+    mask: Tensor | None
+    gated: Gated | None = None
+
+
 Plan = tuple[Tensor | None, tuple[Term, ...], Tensor | None]  # what is added, what depends on h, rows (B, 1, 1, 1)
 
 
@@ -94,11 +119,12 @@ def plan_of(options: Mapping[str, Any], x: Tensor, timestep: float, halvings: in
         column = torch.tensor(gains, device=x.device).view(-1, 1, 1, 1)
         mask = _mask(steer, chunks, per_chunk, x, rows.size, halvings)
         c = sized(steer.vector.at(timestep, x.device), _halved(x.shape[-2:], halvings))
-        if steer.operator == "add":
+        if steer.operator == "add" and steer.gate is None:
             part = c * column if mask is None else c * column * mask
             total = part if total is None else total + part
         else:
-            terms.append((c, column, steer.operator, steer.threshold, mask))
+            gated = _gated(steer, timestep, [bool(g) for g in gains], x.device)
+            terms.append(Term(c, column, steer.operator, steer.threshold, mask, gated))
     if total is None and not terms:
         return None
     chosen = None
@@ -111,13 +137,48 @@ def steered(h: Tensor, plan: Plan) -> Tensor:
     """h (B, C, H, W) with the plan's sum, in at least fp32 and rounded once; rows nobody addresses keep their bits."""
     added, terms, chosen = plan
     added = None if added is None else _fitted(added, h)
-    for c, gain, operator, threshold, mask in terms:
+    for c, gain, operator, threshold, mask, gated in terms:
         part = formula(h, _fitted(c, h), gain, operator, threshold)  # type: ignore[arg-type]
         part = part if mask is None else part * _fitted(mask, h)
+        if gated is not None:
+            opened = gated.gate.opened(h, gated.at)
+            gated.seen.append(opened)
+            part = torch.where(opened, part, torch.zeros_like(part))
         added = part if added is None else added + part
     wide = torch.promote_types(h.dtype, torch.float32)
     result = (h.to(wide) + added.to(wide)).to(h.dtype)  # type: ignore[union-attr]
+    if any(term.gated is not None for term in terms):
+        result = torch.where(added == 0, h, result)  # type: ignore[arg-type]  # adding 0 would turn the sign of -0
     return result if chosen is None else torch.where(chosen, result, h)
+
+
+def tell_gates(plan: Plan) -> None:
+    """After the evaluation, outside of compiled code: what was opened. Errors: SafetyError for a gate not asked."""
+    for term in plan[1]:
+        if term.gated is None:
+            continue
+        gate, _, timestep, rows, seen = term.gated
+        if not seen:
+            raise SafetyError(
+                "The UNet ran without its mid block's output passing the safety gate: another node or a replaced model "
+                "(an engine, a cache) bypasses it. Take that out, or use Safe Latent Diffusion (method 'sld')."
+            )
+        if seen[-1] is not None:
+            gate.saw(timestep, seen[-1], rows)
+        seen.clear()
+
+
+def take_over(plan: Plan) -> None:
+    """A plan made further in has been used in place of this one."""
+    for term in plan[1]:
+        if term.gated is not None:
+            term.gated.seen.append(None)
+
+
+def _gated(steer: Steer, timestep: float, rows: list[bool], device: torch.device) -> Gated | None:
+    if steer.gate is None:
+        return None
+    return Gated(steer.gate, steer.gate.at(timestep, device), timestep, rows, [])
 
 
 def _tell_apart(guider: Any) -> None:

@@ -206,6 +206,7 @@ def test_there_are_workflows_for_each_way_to_work():
         "5_learn_from_pictures",
         "6_regional",
         "7_fair_sampling",
+        "8_safety",
     ]
 
 

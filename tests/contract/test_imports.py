@@ -14,11 +14,15 @@ FOREIGN = ("diffusers", "transformers", "tokenizers", "accelerate", "rich", "tqd
 HEAVY = ("torch", "numpy", "safetensors", "PIL", *FOREIGN)
 COMMANDS = (
     "demo", "learn", "discover", "apply", "fair", "show", "list", "import", "export-demo", "evaluate",
+    "learn-safety",
 )  # fmt: skip
 
 
-# imported by nodes that run; they subclass and call ComfyUI's classes
-HOST_ONLY = ("comfy_demo", "comfy_denoiser", "comfy_guidance")
+# imported by nodes that run, or by the web UI's script; they subclass and call the hosts' classes
+HOST_ONLY = (
+    "comfy_demo", "comfy_denoiser", "comfy_guidance",
+    "webui_api", "webui_cards", "webui_script", "webui_tab", "webui_xyz",
+)  # fmt: skip
 
 
 def core_modules() -> list[str]:

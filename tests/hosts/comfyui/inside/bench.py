@@ -199,11 +199,11 @@ def free_memory_of(value: float) -> Any:
     def told(device: Any = None, torch_free_too: bool = False) -> Any:
         return real(device, True) if torch_free_too else value
 
-    return _replaced(comfy.model_management, "get_free_memory", told)
+    return replaced(comfy.model_management, "get_free_memory", told)
 
 
 @contextmanager
-def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
+def replaced(module: Any, name: str, value: Any) -> Iterator[None]:
     kept = getattr(module, name)
     setattr(module, name, value)
     try:

@@ -12,8 +12,8 @@ from bench import demo, output_folder, raises, vector
 from comfy_api.latest import io
 from concept_steer_pack import comfy_entrypoint
 from concept_steer_pack.concept_steer.errors import ConceptSteerError
+from concept_steer_pack.concept_steer.learn.request import pairs_of
 from concept_steer_pack.nodes import common
-from concept_steer_pack.nodes.learn import pairs_of
 from concept_steer_pack.nodes.strip import strengths_of
 from concept_steer_pack.nodes.vectors import ConceptMix
 

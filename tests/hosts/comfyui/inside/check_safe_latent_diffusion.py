@@ -79,14 +79,22 @@ def _noise() -> Tensor:
     return torch.randn(2, 4, CELLS, CELLS, generator=torch.Generator().manual_seed(3))
 
 
-def _host(sampler: str, guide: SafeLatentDiffusion, steps: int, cfg: float, model: Any = None, callback: Any = None):
+def _host(
+    sampler: str,
+    guide: SafeLatentDiffusion | None,
+    steps: int,
+    cfg: float,
+    model: Any = None,
+    callback: Any = None,
+    text: str = GOOD,
+) -> Tensor:
     """ComfyUI's latents, at the noise levels of the core's steps."""
     model = safe_model(*demo()[:2], guide) if model is None else model
     sampling = model.get_model_object("model_sampling")
     times = timesteps(ComfyDenoiser(model).schedule, steps)
     sigmas = torch.tensor([float(sampling.sigma(torch.tensor(t))) for t in times] + [0.0])
     found = comfy.sample.sample_custom(
-        model, _noise(), cfg, comfy.samplers.sampler_object(sampler), sigmas, conditioning(GOOD), conditioning(BAD),
+        model, _noise(), cfg, comfy.samplers.sampler_object(sampler), sigmas, conditioning(text), conditioning(BAD),
         torch.zeros_like(_noise()), callback=callback, seed=1,
     )  # fmt: skip
     return model.model.process_latent_in(found)
@@ -254,8 +262,8 @@ def parts_of_one_prompt_share_one_safety_row() -> str:
     return f"{calls[0].chunks}"
 
 
-def a_control_net_holds_for_the_safety_text() -> str:
-    """All three rows have it; else the difference of predictions would show the control and not the text."""
+def _controlled(positive: Any, negative: Any) -> tuple[Any, Any]:
+    """Both with a ControlNet of random weights, made for the demo model."""
     import comfy.controlnet
     from comfy.cldm.cldm import ControlNet
 
@@ -266,9 +274,13 @@ def a_control_net_holds_for_the_safety_text() -> str:
     for parameter in net.parameters():
         parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
     control = comfy.controlnet.ControlNet(net, load_device=torch.device("cpu"))
-    positive, negative = comfy_nodes.ControlNetApplyAdvanced().apply_controlnet(
-        conditioning(GOOD), conditioning(BAD), control, torch.rand(1, 128, 128, 3), 1.0, 0.0, 1.0
-    )
+    hint = torch.rand(1, 128, 128, 3, generator=generator)
+    return comfy_nodes.ControlNetApplyAdvanced().apply_controlnet(positive, negative, control, hint, 1.0, 0.0, 1.0)
+
+
+def a_control_net_holds_for_the_safety_text() -> str:
+    """All three rows have it; else the difference of predictions would show the control and not the text."""
+    positive, negative = _controlled(conditioning(GOOD), conditioning(BAD))
     seen = []
 
     def controlled(executor: Any, x: Any, t: Any, concat: Any, context: Any, residuals: Any, *rest: Any, **more: Any):
