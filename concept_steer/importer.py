@@ -100,7 +100,8 @@ def _read(path: Path) -> Any:
         if path.suffix == SUFFIX:
             return safetensors.torch.load_file(path)
         if path.suffix in (".pt", ".pth"):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            # torch.load itself may be replaced: AUTOMATIC1111's refuses what newer versions of torch saved
+            return torch.serialization.load(path, map_location="cpu", weights_only=True)
     except VectorFileError:
         raise
     except pickle.UnpicklingError as error:

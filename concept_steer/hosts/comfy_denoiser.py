@@ -5,8 +5,7 @@ The UNet is taken with its weights as they are loaded (LoRAs included), without 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -14,24 +13,12 @@ import comfy.model_management
 import comfy.model_sampling
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import forward_timestep_embed, timestep_embedding
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..denoiser import Conditioning, HState, NoiseSchedule
+from ..denoiser import Conditioning, NoiseSchedule
 from ..errors import ConceptSteerError, LearnError
 from .comfy import family_of
-from .ldm_unet import LdmDenoiser, RunBlock, decoder_half
-
-
-class DecoderHalf(nn.Module):
-    """What follows the mid block, as a module of its own: shares the UNet's blocks."""
-
-    def __init__(self, unet: Any) -> None:
-        super().__init__()
-        self.output_blocks, self.out = unet.output_blocks, unet.out
-
-    def forward(self, h: Tensor, skips: tuple[Tensor, ...], emb: Tensor, context: Tensor) -> Tensor:
-        """h and skips of the encoder half -> prediction (B, C, H, W); as UNetModel's own forward."""
-        return decoder_half(self.output_blocks, self.out, h, skips, run_block(emb, context))
+from .ldm_unet import LdmDenoiser, RunBlock
 
 
 def run_block(emb: Tensor, context: Tensor) -> RunBlock:
@@ -48,15 +35,13 @@ def run_block(emb: Tensor, context: Tensor) -> RunBlock:
 class ComfyDenoiser(LdmDenoiser):
     """A Denoiser on a MODEL; clip is needed for prompts, vae for pictures. size: of a picture's side in pixels.
 
-    Calls do not switch gradients off. Weights that ComfyUI made inside torch.inference_mode cannot take part in a
-    gradient, so inside `frozen()` the decoder half is copied once when a gradient is wanted, and freed at its end.
+    Calls do not switch gradients off. ComfyUI makes weights inside torch.inference_mode: see LdmDenoiser.
     """
 
     def __init__(self, model: Any, clip: Any = None, vae: Any = None, size: int | None = None) -> None:
         family, channels = family_of(model)
         super().__init__(model.model.diffusion_model, family, channels, size)
         self.model, self.clip, self.vae = model, clip, vae
-        self._copies: dict[str, Tensor] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -101,26 +86,6 @@ class ComfyDenoiser(LdmDenoiser):
         vae = _have(self.vae, "VAE", "draw pictures")
         pixels = vae.decode(self.model.model.process_latent_out(latents.float()))
         return pixels.movedim(-1, 1) * 2 - 1
-
-    @contextmanager
-    def frozen(self) -> Iterator[None]:
-        with super().frozen():
-            try:
-                yield
-            finally:
-                self._copies = None
-
-    def from_h(self, state: HState) -> Tensor:
-        self._ready()
-        self.cost.decoder_rows += len(state)
-        decoder = DecoderHalf(self.unet)
-        args = (state.h, state.skips, state.emb, state.cond.embeds.to(state.h.dtype))
-        if not (torch.is_grad_enabled() and any(tensor.is_inference() for tensor in decoder.parameters())):
-            return decoder(*args)
-        if self._copies is None:
-            weights = {**dict(decoder.named_parameters()), **dict(decoder.named_buffers())}
-            self._copies = {name: tensor.detach().clone() for name, tensor in weights.items()}
-        return torch.func.functional_call(decoder, self._copies, args)
 
     def _ready(self) -> None:
         comfy.model_management.load_models_gpu([self.model])

@@ -81,10 +81,24 @@ def decoder_half(output_blocks: Any, out: Any, h: Tensor, skips: tuple[Tensor, .
     return out(h.type(dtype))
 
 
+class DecoderHalf(nn.Module):
+    """What follows the mid block, as a module of its own: shares the UNet's blocks."""
+
+    def __init__(self, unet: Any) -> None:
+        super().__init__()
+        self.output_blocks, self.out = unet.output_blocks, unet.out
+
+    def forward(self, h: Tensor, skips: tuple[Tensor, ...], run: RunBlock) -> Tensor:
+        """h and skips of the encoder half -> prediction (B, 4, H, W); as UNetModel's own forward."""
+        return decoder_half(self.output_blocks, self.out, h, skips, run)
+
+
 class LdmDenoiser(ABC):
     """A Denoiser on a UNetModel. size: of a picture's side in pixels, None for the family's own.
 
     Calls do not switch gradients off: learning needs them through `from_h`. Use torch.no_grad() around the rest.
+    Weights that the host made inside torch.inference_mode cannot take part in a gradient, so inside `frozen()` the
+    decoder half is copied once when a gradient is wanted, and freed at its end.
     A host adds: device, dtype, schedule, encode_text, encode_pictures, decode and the methods marked abstract here.
     """
 
@@ -100,6 +114,7 @@ class LdmDenoiser(ABC):
             raise ConceptSteerError(f"Pictures cannot be {size} pixels wide: take a multiple of 8.")
         cells = SIZES.get(family, 64) if size is None else size // 8
         self._latent_shape = (4, cells, cells)
+        self._copies: dict[str, Tensor] | None = None
         self.cost = Cost()
 
     @property
@@ -150,7 +165,10 @@ class LdmDenoiser(ABC):
     @contextmanager
     def frozen(self) -> Iterator[None]:
         with frozen(self.unet):
-            yield
+            try:
+                yield
+            finally:
+                self._copies = None
 
     def to_h(self, x: Tensor, t: Time, cond: Conditioning) -> HState:
         """x (B, 4, H, W), t in training timesteps -> h and what the decoder needs; UNetModel's forward up to there."""
@@ -167,9 +185,15 @@ class LdmDenoiser(ABC):
     def from_h(self, state: HState) -> Tensor:
         self._ready()
         self.cost.decoder_rows += len(state)
+        decoder = DecoderHalf(self.unet)
         with self._running():
             run = self._run_block(state.emb, state.cond.embeds.to(state.h.dtype))
-            return decoder_half(self.unet.output_blocks, self.unet.out, state.h, state.skips, run)
+            if not (torch.is_grad_enabled() and any(tensor.is_inference() for tensor in decoder.parameters())):
+                return decoder(state.h, state.skips, run)
+            if self._copies is None:
+                weights = {**dict(decoder.named_parameters()), **dict(decoder.named_buffers())}
+                self._copies = {name: tensor.detach().clone() for name, tensor in weights.items()}
+            return torch.func.functional_call(decoder, self._copies, (state.h, state.skips, run))
 
     def predict(
         self, x: Tensor, t: Time, cond: Conditioning, steers: Steers = (), is_cond: Sequence[bool] | None = None

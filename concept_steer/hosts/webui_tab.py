@@ -1,0 +1,237 @@
+"""The web UI's tab "Concept Steer": learn vectors, look at those one has, import published tables."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from modules import paths, shared, ui
+from modules.call_queue import wrap_gradio_gpu_call
+from PIL import Image
+
+from ..describe import lines
+from ..errors import ConceptSteerError
+from ..family import FAMILIES
+from ..importer import import_table
+from ..learn.request import METHODS, MOST_EXAMPLES, MOST_PIXELS, MOST_STEPS, PICTURES, LearnRequest
+from ..vector import ConceptVector
+from . import webui
+from .webui_learning import learn
+
+USUAL = LearnRequest()
+NEUTRAL = "a doctor\na detective\na scientist\na villain"
+POSITIVE = "a woman doctor\na woman detective\na woman scientist\na woman villain"
+WORDS = {words: method for method, words in METHODS.items()}
+SUFFIXES = [".png", ".jpg", ".jpeg", ".webp"]
+
+
+def build() -> list[tuple[Any, str, str]]:
+    """on_ui_tabs: the tab, its title and its element's id."""
+    with gr.Blocks(analytics_enabled=False) as tab, gr.Tabs(elem_id="concept_steer_tabs"):
+        with gr.TabItem("Learn", elem_id="concept_steer_tab_learn"):
+            _learn_panel()
+        with gr.TabItem("Library", elem_id="concept_steer_tab_library"):
+            _library_panel()
+        with gr.TabItem("Import", elem_id="concept_steer_tab_import"):
+            _import_panel()
+    return [(tab, "Concept Steer", "concept_steer")]
+
+
+def _learn_panel() -> None:
+    task = gr.Textbox(visible=False)  # the script puts the task's id in its place
+    with gr.Row():
+        with gr.Column():
+            method = gr.Radio(list(WORDS), value=METHODS[USUAL.method], label="Way to learn", elem_id=_id("method"))
+            with gr.Group() as prompts:
+                neutral = gr.Textbox(
+                    NEUTRAL, lines=4, label="Prompts without the concept, one a line", elem_id=_id("neutral")
+                )
+                positive = gr.Textbox(
+                    POSITIVE, lines=4, label="The same prompts with the concept, line by line", elem_id=_id("positive")
+                )
+            with gr.Group(visible=False) as pictures:
+                shown = _files("5 to 20 pictures of the concept", "pictures")
+                without = _files("Pictures of the same without the concept, if you have some", "without")
+                prompt = gr.Textbox(
+                    "a person", label="What the pictures show, without the concept", elem_id=_id("prompt")
+                )
+            name = gr.Textbox("", label="Name in the library (empty: the first prompt)", elem_id=_id("name"))
+            overwrite = gr.Checkbox(False, label="Overwrite a vector of that name", elem_id=_id("overwrite"))
+            with gr.Row():
+                steps = gr.Slider(
+                    0, MOST_STEPS, USUAL.steps, step=1, label="Most steps (0: as usual)", elem_id=_id("steps")
+                )
+                examples = _slider("examples", 2, MOST_EXAMPLES, USUAL.examples, "Noisy pictures to learn from")
+            with gr.Row():
+                seed = gr.Number(USUAL.seed, precision=0, label="Seed of learning", elem_id=_id("seed"))
+                size = _slider("size", 0, MOST_PIXELS, USUAL.size, "Side of the pictures (0: the model's own)", 64)
+            spatial = gr.Checkbox(
+                USUAL.spatial, label="A map over the picture instead of one value per channel", elem_id=_id("spatial")
+            )
+            with gr.Row():
+                start = gr.Button("Learn", variant="primary", elem_id=_id("start"))
+                interrupt = gr.Button("Interrupt, keep the best so far", elem_id=_id("interrupt"))
+        with gr.Column(elem_id=_id("results")):
+            gallery = gr.Gallery(
+                label="Before and after, and the curve",
+                columns=1,
+                height=640,
+                object_fit="contain",
+                elem_id=_id("gallery"),
+            )
+            said = gr.HTML("", elem_id=_id("said"))
+    method.change(lambda chosen: _sides(WORDS[chosen]), [method], [prompts, pictures], show_progress=False)
+    given = [method, neutral, positive, shown, without, prompt, name, overwrite, steps, examples, seed, size, spatial]
+    start.click(
+        wrap_gradio_gpu_call(_learn, extra_outputs=[None]),
+        _js="conceptSteerLearn",
+        inputs=[task, *given],
+        outputs=[gallery, said],
+        show_progress=False,
+    )
+    interrupt.click(lambda: shared.state.interrupt(), [], [])
+
+
+def _learn(
+    task: str,
+    method: str,
+    neutral: str,
+    positive: str,
+    shown: Any,
+    without: Any,
+    prompt: str,
+    name: str,
+    overwrite: bool,
+    steps: float,
+    examples: float,
+    seed: float,
+    size: float,
+    spatial: bool,
+) -> tuple[list[Image.Image], str]:
+    """Pictures and words; what the user did wrong is said there, in words."""
+    try:
+        by_pictures = WORDS[method] == PICTURES
+        request = LearnRequest(
+            WORDS[method],
+            "" if by_pictures else neutral,
+            "" if by_pictures else positive,
+            prompt.strip() if by_pictures else "",
+            int(steps),
+            int(examples),
+            int(seed),
+            size=int(size),
+            spatial=spatial,
+        )
+        sets = {"pictures": _paths(shown), "without": _paths(without)} if by_pictures else {}
+        done = learn(request, name.strip(), overwrite=overwrite, into=webui.library(), **sets)
+    except ConceptSteerError as error:
+        return [], _failed(error)
+    return done.pictures, _in_html(done.words())
+
+
+def _library_panel() -> None:
+    with gr.Row():
+        with gr.Column():
+            with gr.Row():
+                chosen = gr.Dropdown(webui.names(), label="Vector", elem_id=_id("vector"))
+                ui.create_refresh_button(chosen, lambda: None, lambda: {"choices": webui.names()}, _id("refresh"))
+            gr.HTML(_in_html("Folders:\n" + "\n".join(map(_shown, webui.library().folders))))
+        with gr.Column():
+            card = gr.HTML("", elem_id=_id("card"))
+            picture = gr.Image(label="Preview", interactive=False, elem_id=_id("preview"))
+    chosen.change(_about, [chosen], [card, picture], show_progress=False)
+
+
+def _about(name: str | None) -> tuple[str, Image.Image | None]:
+    """A table of all that a vector's file says, and its preview."""
+    if not name:
+        return "", None
+    try:
+        entry = webui.library().find(name)
+        found = lines(ConceptVector.load(entry.path), Path(_shown(entry.path)))
+    except ConceptSteerError as error:
+        return _failed(error), None
+    rows = "".join(f"<tr><th>{html.escape(label)}</th><td>{_in_html(value)}</td></tr>" for label, value in found)
+    preview = entry.path.with_suffix(".png")
+    return f"<table>{rows}</table>", Image.open(preview).convert("RGB") if preview.is_file() else None
+
+
+def _import_panel() -> None:
+    gr.HTML(
+        "Vectors that others published as one table: a .pt, .pth or .safetensors file with a column per concept, and a "
+        "JSON file that names the columns. No code in them is run."
+    )
+    with gr.Row():
+        table = gr.File(label="Table", file_types=[".pt", ".pth", ".safetensors"], elem_id=_id("table"))
+        names = gr.File(label="Names (JSON)", file_types=[".json"], elem_id=_id("names"))
+    with gr.Row():
+        families = gr.Dropdown(list(FAMILIES), value="sd1", label="Learned on", elem_id=_id("family"))
+        height = gr.Number(8, precision=0, label="Height of the map (8 for 512 pixels)", elem_id=_id("height"))
+        width = gr.Number(8, precision=0, label="Width of the map", elem_id=_id("width"))
+        prefix = gr.Textbox("", label="Put before each name", elem_id=_id("prefix"))
+    go = gr.Button("Import", variant="primary", elem_id=_id("import"))
+    said = gr.HTML("", elem_id=_id("imported"))
+    go.click(_import, [table, names, families, height, width, prefix], [said])
+
+
+def _import(table: Any, names: Any, family: str, height: float, width: float, prefix: str) -> str:
+    if table is None or names is None:
+        return _failed(ConceptSteerError("Give both files: the table and the JSON file with the names of its columns."))
+    try:
+        made = import_table(
+            _path(table),
+            _path(names),
+            height=int(height),
+            width=int(width),
+            family=family,
+            out=webui.library(),
+            prefix=prefix.lstrip(),
+        )
+    except ConceptSteerError as error:
+        return _failed(error)
+    return _in_html(f"{len(made)} vectors saved: {', '.join(vector.title for vector in made)}")
+
+
+def _sides(method: str) -> list[Any]:
+    """Which of the two groups of fields shows."""
+    return [gr.update(visible=method != PICTURES), gr.update(visible=method == PICTURES)]
+
+
+def _slider(name: str, low: int, high: int, usual: int, label: str, step: int = 1) -> Any:
+    return gr.Slider(low, high, usual, step=step, label=label, elem_id=_id(name))
+
+
+def _files(label: str, name: str) -> Any:
+    return gr.File(label=label, file_count="multiple", file_types=SUFFIXES, elem_id=_id(name))
+
+
+def _paths(files: Sequence[Any] | None) -> list[Path]:
+    return [_path(file) for file in files or ()]
+
+
+def _path(file: Any) -> Path:
+    """Of an uploaded file: gradio 3 gives an object with a name, gradio 4 the name."""
+    return Path(getattr(file, "name", file))
+
+
+def _shown(path: Path) -> str:
+    """As seen from the web UI's folder or from home: not every reader of the page need know the machine's folders."""
+    for root, short in ((Path(paths.data_path), ""), (Path.home(), "~")):
+        if path.is_relative_to(root):
+            return str(Path(short) / path.relative_to(root))
+    return str(path)
+
+
+def _id(name: str) -> str:
+    return f"concept_steer_{name}"
+
+
+def _in_html(text: str) -> str:
+    return html.escape(text).replace("\n", "<br>")
+
+
+def _failed(error: ConceptSteerError) -> str:
+    return f"<div class='error'>{_in_html(str(error))}</div>"
