@@ -90,3 +90,16 @@ def _ranks(values: Sequence[float]) -> list[float]:
     below = (v[None] < v[:, None]).sum(1)
     same = (v[None] == v[:, None]).sum(1)
     return (below + (same - 1) / 2).tolist()
+
+
+def adjusted_rand(one: Sequence[object], other: Sequence[object]) -> float:
+    """Adjusted Rand index of two partitions of the same things (Hubert and Arabie 1985): 1 equal, about 0 by chance."""
+    table: dict[tuple[object, object], int] = {}
+    for pair in zip(one, other, strict=True):
+        table[pair] = table.get(pair, 0) + 1
+    sides = [[sum(n for pair, n in table.items() if pair[i] == name) for name in {p[i] for p in table}] for i in (0, 1)]
+    both = sum(math.comb(n, 2) for n in table.values())
+    a, b = (sum(math.comb(n, 2) for n in side) for side in sides)
+    chance = a * b / max(1, math.comb(len(one), 2))
+    most = (a + b) / 2
+    return 1.0 if most == chance else (both - chance) / (most - chance)

@@ -10,7 +10,7 @@ except ImportError as error:
         "Your other nodes are not affected."
     ) from error
 
-from . import demo, discover, fair, learn, safe_latent_diffusion, safety, steer, strip, vectors
+from . import analyse, audit, demo, discover, fair, learn, safe_latent_diffusion, safety, steer, strip, vectors
 from .common import register_folder
 
 
@@ -29,6 +29,8 @@ class ConceptSteerExtension(ComfyExtension):
             *discover.NODES,
             *safe_latent_diffusion.NODES,
             *safety.NODES,
+            *audit.NODES,
+            *analyse.NODES,
         ]
 
 

@@ -30,9 +30,9 @@ def add(commands: Commands, common: argparse.ArgumentParser) -> None:
         "was\nstopped goes on where it was.",
     )
     below = parser.add_subparsers(title="measurements", metavar="MEASUREMENT", required=True)
-    from . import evaluate_safety  # late: it uses what this module has
+    from . import evaluate_audit, evaluate_safety  # late: they use what this module has
 
-    for add_one in (*MEASUREMENTS, *evaluate_safety.MEASUREMENTS):
+    for add_one in (*MEASUREMENTS, *evaluate_safety.MEASUREMENTS, *evaluate_audit.MEASUREMENTS):
         add_one(below, common)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..errors import ConceptSteerError
-from . import apply, demo, discover, evaluate, fair, learn, safety, vectors
+from . import analyse, apply, audit, demo, discover, evaluate, fair, learn, safety, vectors
 from .help import Parser
 
 EPILOG = """start here:
@@ -50,6 +50,8 @@ def parser() -> Parser:
     safety.add(commands, common)
     evaluate.add(commands, common)
     discover.add(commands, common)
+    analyse.add(commands, common)
+    audit.add(commands, common)
     return root
 
 

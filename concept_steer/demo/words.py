@@ -2,10 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from . import world
 
 NEUTRAL = "a person"
 ROLES_NAMED = ("doctor", "student", "farmer", "artist", "astronaut", "firefighter", "superhero", "wizard", "vampire")
+
+
+def audit_words() -> dict[str, Any]:
+    """What an audit of the embedded model asks, in the form of `analysis.word_list`: its own roles and tones."""
+    return {
+        "neutral": NEUTRAL,
+        "roles": list(world.ROLE_NAMES),
+        "attributes": {
+            "gender": {gender: f"a {gender} {{}}" for gender in world.GENDERS},
+            "skin tone": {tone: f"a {{}} with {tone} skin" for tone in world.TONES},
+        },
+        "words": {
+            "looks": ["a sad person", "an angry person", "a bald person", "a successful person"],
+            "backgrounds": [f"{{}} on a {background} background" for background in world.BACKGROUNDS],
+            "situations": list(world.SCENES),
+        },
+    }
 
 
 def naming_words() -> list[str]:

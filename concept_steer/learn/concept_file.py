@@ -72,7 +72,7 @@ def method_options(method: str) -> dict[str, Any]:
 def read_concepts(path: Path | str) -> list[Concept]:
     """The concepts of a .yaml, .yml or .json file in its order. Errors: LearnError, which names file and entry."""
     path = Path(path).expanduser()
-    found = _parsed(path)
+    found = parsed_file(path)
     if not isinstance(found, dict) or not isinstance(found.get("concepts"), dict) or not found["concepts"]:
         raise LearnError(
             f"{path} names no concepts: it needs a mapping 'concepts' of names, each with 'pairs' or with "
@@ -91,9 +91,10 @@ def read_concepts(path: Path | str) -> list[Concept]:
     return concepts
 
 
-def _parsed(path: Path) -> Any:
+def parsed_file(path: Path) -> Any:
+    """What a .yaml, .yml or .json file holds; a key given twice is refused. Errors: LearnError (names the file)."""
     if path.suffix.lower() not in (".yaml", ".yml", ".json"):
-        raise LearnError(f"{path} must end in .yaml, .yml or .json: no other list of concepts can be read.")
+        raise LearnError(f"{path} must end in .yaml, .yml or .json: no other file can be read.")
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -72,7 +72,8 @@ def test_the_readmes_commands_are_understood(command):
 def test_the_readme_shows_every_command():
     shown = {shlex.split(c)[1] for c in commands() if "concept-steer " in c}
     assert shown == {
-        "demo", "learn", "learn-safety", "discover", "apply", "fair", "show", "list", "import", "export-demo", "evaluate",
+        "demo", "learn", "learn-safety", "discover", "apply", "fair", "audit", "analyse",
+        "show", "list", "import", "export-demo", "evaluate",
     }  # fmt: skip
 
 
