@@ -76,12 +76,15 @@ def test_interrupt_keeps_the_best_so_far_and_progress_is_told(client):
     def learn():
         done.update(client.call(LEARN, {**WOMAN, "name": "half", "overwrite": True, "steps": 5000, "examples": 8}))
 
+    def said():
+        return client.call("/sdapi/v1/progress?skip_current_image=true")["textinfo"] or ""
+
+    before = said()  # the last words of the job before this one
     thread = threading.Thread(target=learn)
     thread.start()
     try:
         while thread.is_alive():
-            told = client.call("/sdapi/v1/progress?skip_current_image=true")
-            seen.add(told["textinfo"] or "")
+            seen |= {said()} - {before}
             if any(text.startswith("step ") for text in seen):
                 client.call("/sdapi/v1/interrupt", {})
                 break
