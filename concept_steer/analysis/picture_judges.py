@@ -23,7 +23,12 @@ class ClipJudge:
     def __init__(self, folder: Path | str, words: WordList) -> None:
         try:
             from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
-
+        except ImportError as error:
+            raise ConceptSteerError(
+                f"A CLIP judge needs transformers, which cannot be imported ({error}): pip install transformers, or "
+                "leave --judge out."
+            ) from error
+        try:
             loader: Any = CLIPModel
             self._model = loader.from_pretrained(str(folder), local_files_only=True).eval()
             self._pictures = CLIPImageProcessor.from_pretrained(str(folder), local_files_only=True)
