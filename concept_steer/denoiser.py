@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .errors import ConceptSteerError
-from .steering import Steer, apply
+from .steering import Steer, apply, places
 
 Rows = slice | Tensor
 Time = float | Tensor  # one training timestep for all rows, or (B,)
@@ -271,13 +271,21 @@ def times_of_rows(t: Time, rows: int) -> list[float]:
     return times * rows if len(times) == 1 else times
 
 
-def steer_rows(h: Tensor, steers: Steers, t: Time, is_cond: Sequence[bool] | None = None) -> Tensor:
+def steer_rows(
+    h: Tensor,
+    steers: Steers,
+    t: Time,
+    is_cond: Sequence[bool] | None = None,
+    pictures: Sequence[int] | None = None,
+) -> Tensor:
     """`steering.apply` for rows that may differ in steers and timestep; `h` itself when nothing acts.
 
     h: (B, C, H, W). is_cond None: every row is a text row. Rows with the same steers and time are handled together.
+    pictures: the number of each row's picture, as in `apply`.
     """
     rows = h.shape[0]
     conds = [True] * rows if is_cond is None else [bool(c) for c in is_cond]
+    numbers = places(conds) if pictures is None else pictures
     groups: dict[tuple[float, tuple[int, ...]], list[int]] = {}
     of_rows = steers_of_rows(steers, rows)
     for row, (time, mine) in enumerate(zip(times_of_rows(t, rows), of_rows, strict=True)):
@@ -288,10 +296,10 @@ def steer_rows(h: Tensor, steers: Steers, t: Time, is_cond: Sequence[bool] | Non
         if not mine:
             continue
         if len(members) == rows:
-            return apply(h, mine, time, conds)
+            return apply(h, mine, time, conds, numbers)
         index = torch.tensor(members, device=h.device)
         part = h[index]
-        steered = apply(part, mine, time, [conds[row] for row in members])
+        steered = apply(part, mine, time, [conds[row] for row in members], [numbers[row] for row in members])
         if steered is not part:
             out = out.index_copy(0, index, steered)
     return out

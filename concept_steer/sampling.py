@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -35,11 +35,26 @@ class GuideRun(Protocol):
         ...
 
 
+class GatedRun(GuideRun, Protocol):
+    """One that acts on some of the pictures only: the others keep the bits of plain guidance, and cost no row.
+
+    `needs` and `combine` are asked at steps at which it acts; `combine` gets all pictures, with `extra` equal to
+    `uncond` (at guidance 1: all three equal) where it does not act.
+    """
+
+    def acting(self) -> Sequence[bool]:
+        """For each of the B pictures, once its prompt has been predicted at a step, whether the method acts on it."""
+        ...
+
+
 class Guide(Protocol):
     """A guidance method in place of plain classifier-free guidance (SEGA, Safe Latent Diffusion, ...)."""
 
     def begin(self, pictures: range, steps: int, guidance: float) -> GuideRun:
-        """A fresh state for one batch: `pictures` are the numbers of its pictures in the whole call of `sample`."""
+        """A fresh state for one batch: `pictures` are the numbers of its pictures in the whole call of `sample`.
+
+        A GatedRun where the method has the attribute `gated`, which is true then.
+        """
         ...
 
 
@@ -91,7 +106,8 @@ def sample(
     start_latents: (N, C, H, W) noise to start from instead of the seeds' (any size). `batch` counts pictures.
     keep(step, t, x) sees the noisy latents of each batch before each step; progress(done, total) counts steps.
     guide: combines the predictions instead of plain guidance; it gets the unconditional rows also at guidance 1, and
-    the rows of its own texts, which no steer touches.
+    the rows of its own texts, which no steer touches. A gated one's rows are predicted after the pictures' own, in a
+    call of theirs, so that the other pictures' batch is as it would be without.
     """
     count = len(prompts)
     if len(seeds) != count:
@@ -104,7 +120,9 @@ def sample(
         return torch.empty(0, *denoiser.latent_shape)
     per_picture = steers_of_rows(steers, count)
     cond = encode_rows(denoiser, prompts)
-    uncond = denoiser.encode_text([negative]) if guidance != 1 or guide is not None else None
+    gated = bool(getattr(guide, "gated", False))
+    unguided = denoiser.encode_text([negative]) if guidance != 1 or guide is not None else None
+    uncond = None if guidance == 1 and gated else unguided
     times = timesteps(denoiser.schedule, steps)
     total = steps * ((count + batch - 1) // batch)
     done = 0
@@ -131,13 +149,15 @@ def sample(
                 keep(step, t, x)
             inputs = x.to(denoiser.dtype)
             inputs = torch.cat([inputs, inputs]) if uncond is not None else inputs
-            if run is not None:
+            if run is not None and not gated:
                 prediction = _guided(denoiser, run, step, t, inputs, batch_cond, further, mine, is_cond)
             else:
-                prediction = denoiser.predict(inputs, t, batch_cond, mine, is_cond).float()
+                own = prediction = denoiser.predict(inputs, t, batch_cond, mine, is_cond).float()
                 if uncond is not None:
-                    free, text = prediction.chunk(2)
+                    free, text = own.chunk(2)
                     prediction = free + guidance * (text - free)
+                if run is not None and unguided is not None:
+                    prediction = _where_open(denoiser, run, step, t, x, own, unguided, further, prediction)
             x = ddim_step(denoiser.schedule, x, prediction, t, times[step + 1] if step + 1 < steps else None)
             done += 1
             if progress is not None:
@@ -177,7 +197,51 @@ def _guided(
     rows = denoiser.schedule.to_epsilon(inputs, predicted, t)
     extra = rows[2 * size :].unflatten(0, (count, size)) if count else None
     guided = run.combine(step, t, rows[:size], rows[size : 2 * size], extra)
-    if denoiser.schedule.prediction_type == "epsilon":
-        return guided
-    alpha, _ = denoiser.schedule.signal(t, guided)
-    return predicted[:size] + (guided - rows[:size]) / alpha.clamp(min=1e-4)  # v moves by 1 / alpha of the noise's move
+    return _as_predicted(denoiser.schedule, guided, rows[:size], predicted[:size], t)
+
+
+def _as_predicted(
+    schedule: NoiseSchedule, noise: Tensor, from_noise: Tensor, from_prediction: Tensor, t: float
+) -> Tensor:
+    """A noise as what the model predicts, given another noise and the prediction that stands for it."""
+    if schedule.prediction_type == "epsilon":
+        return noise
+    alpha, _ = schedule.signal(t, noise)
+    return from_prediction + (noise - from_noise) / alpha.clamp(min=1e-4)  # v moves by 1 / alpha of the noise's move
+
+
+def _where_open(
+    denoiser: Denoiser,
+    run: GuideRun,
+    step: int,
+    t: float,
+    x: Tensor,
+    own: Tensor,
+    uncond: Conditioning,
+    further: Conditioning | None,
+    plain: Tensor,
+) -> Tensor:
+    """`plain` (B, C, H, W) with a gated guide's prediction for the pictures that it acts on.
+
+    own: predictions of the unconditional rows, left out at guidance 1, and of the pictures' own.
+    """
+    size = x.shape[0]
+    rows = [i for i, acts in enumerate(cast(GatedRun, run).acting()) if acts]
+    if not rows:
+        return plain
+    index = torch.tensor(rows, device=x.device)
+    noise = denoiser.schedule.to_epsilon(x.repeat(own.shape[0] // size, 1, 1, 1), own, t)
+    cond = noise[-size:]
+    texts = [] if own.shape[0] > size else [uncond.expand(len(rows))]
+    count = len(further) // size if further is not None and run.needs(step) else 0
+    texts += [further[group * size + index] for group in range(count)] if further is not None else []
+    found = []
+    if texts:
+        inputs = x[index].to(denoiser.dtype).repeat(len(texts), 1, 1, 1)
+        predicted = denoiser.predict(inputs, t, Conditioning.cat(texts)).float()
+        found = list(denoiser.schedule.to_epsilon(inputs, predicted, t).chunk(len(texts)))
+    free = noise[:size] if own.shape[0] > size else cond.index_copy(0, index, found.pop(0))
+    extra = torch.stack([free.index_copy(0, index, one) for one in found]) if count else None
+    guided = run.combine(step, t, free, cond, extra)
+    moved = _as_predicted(denoiser.schedule, guided, cond, own[-size:], t)
+    return plain.index_copy(0, index, moved[index])

@@ -43,8 +43,11 @@ class Gate(Protocol):
         """(B, 1, 1, 1) bool for h (B, C, H, W): tensor code only."""
         ...
 
-    def saw(self, timestep: float, opened: Tensor, rows: Sequence[bool] | None = None) -> None:
-        """Told what it opened; rows: those of h that the steer acts on (None: all). For counting, never for acting."""
+    def saw(self, timestep: float, opened: Tensor, pictures: Sequence[int | None] | None = None) -> None:
+        """Told what it opened. pictures: of each row of h its picture's number, None where the steer does not act.
+
+        None for all: row i is picture i. What a gate is told never changes what it opens.
+        """
         ...
 
 
@@ -125,11 +128,11 @@ class Steer:
         )
 
 
-def delta(h: Tensor, steer: Steer, timestep: float, rows: Sequence[bool] | None = None) -> Tensor | None:
+def delta(h: Tensor, steer: Steer, timestep: float, pictures: Sequence[int | None] | None = None) -> Tensor | None:
     """What one steer adds to h (B, C, H, W; any float dtype): fp32, broadcastable to h; None when it adds nothing.
 
-    `timestep`: the model's training timestep, 999 (noise) .. 0 (picture). `rows`: those that will be steered, which
-    only a gate that counts wants to know; see `apply`.
+    `timestep`: the model's training timestep, 999 (noise) .. 0 (picture). `pictures`: of each row, None where it will
+    not be steered; only a gate wants to know them, see `Gate.saw`.
     With c the vector and v its unit vector, both per position:
     add: strength * ramp * c * mask; remove: -strength * ramp * max(<h, v>, 0) * v * mask;
     gated: as add, where <h, v> > threshold. Errors: FamilyMismatch when h has other channels than the vector.
@@ -149,7 +152,7 @@ def delta(h: Tensor, steer: Steer, timestep: float, rows: Sequence[bool] | None 
     result = formula(h, c, gain, steer.operator, steer.threshold)
     if steer.gate is not None:
         opened = steer.gate.opened(h, steer.gate.at(timestep, h.device))
-        steer.gate.saw(timestep, opened, rows)
+        steer.gate.saw(timestep, opened, pictures)
         result = torch.where(opened, result, torch.zeros_like(result))
     mask = steer.mask_for(h)
     return result if mask is None else result * mask
@@ -169,20 +172,29 @@ def formula(h: Tensor, c: Tensor, gain: float | Tensor, operator: Operator, thre
     return c * gain * (presence > threshold)
 
 
-def total(h: Tensor, steers: Sequence[Steer], timestep: float, rows: Sequence[bool] | None = None) -> Tensor | None:
+def total(
+    h: Tensor, steers: Sequence[Steer], timestep: float, pictures: Sequence[int | None] | None = None
+) -> Tensor | None:
     """The sum of all deltas, fp32, broadcastable to h, or None. The order of `steers` never changes a bit."""
     result: Tensor | None = None
     for steer in in_order(steers):
-        part = delta(h, steer, timestep, rows)
+        part = delta(h, steer, timestep, pictures)
         if part is not None:
             result = part if result is None else result + part
     return result
 
 
-def apply(h: Tensor, steers: Sequence[Steer], timestep: float, is_cond: Sequence[bool] | Tensor) -> Tensor:
+def apply(
+    h: Tensor,
+    steers: Sequence[Steer],
+    timestep: float,
+    is_cond: Sequence[bool] | Tensor,
+    pictures: Sequence[int] | None = None,
+) -> Tensor:
     """h (B, C, H, W) steered: a new tensor of the same dtype, or the very same `h` when nothing acts.
 
     `is_cond`: for each of the B rows, whether it belongs to the prompt (cond) or to the negative prompt (uncond).
+    `pictures`: the number of each row's picture, for gates; by default the rows of each side are the pictures in order.
     Rows that no steer addresses keep their bits. Differentiable with respect to h.
     """
     flags = [bool(x) for x in (is_cond.tolist() if isinstance(is_cond, Tensor) else is_cond)]
@@ -190,12 +202,14 @@ def apply(h: Tensor, steers: Sequence[Steer], timestep: float, is_cond: Sequence
         raise ConceptSteerError(
             f"h has {h.shape[0]} rows, but {len(flags)} were named cond or uncond: the batch layout is not understood."
         )
+    numbers = places(flags) if pictures is None else pictures
     result = h
     for kind, wanted in (("cond", True), ("uncond", False)):
         if wanted not in flags:
             continue
         mine = [s for s in steers if s.rows in (kind, "both")]
-        added = total(h, mine, timestep, [flag == wanted for flag in flags])
+        own = [number if flag == wanted else None for flag, number in zip(flags, numbers, strict=True)]
+        added = total(h, mine, timestep, own)
         if added is None:
             continue
         # summed in at least fp32 and rounded once, so that half precision hosts lose as little as possible
@@ -208,6 +222,11 @@ def apply(h: Tensor, steers: Sequence[Steer], timestep: float, is_cond: Sequence
         chosen = torch.tensor([flag == wanted for flag in flags], device=h.device).view(-1, 1, 1, 1)
         result = torch.where(chosen, steered, result)
     return result
+
+
+def places(flags: Sequence[bool]) -> list[int]:
+    """For each row, how many rows of its own side (cond or uncond) come before it."""
+    return [list(flags[:row]).count(flag) for row, flag in enumerate(flags)]
 
 
 def check_steers(steers: Sequence[Steer], family: str, channels: int) -> None:

@@ -60,8 +60,8 @@ class SafetySteer(io.ComfyNode):
                     "method",
                     options=list(METHODS),
                     default="automatic",
-                    tooltip="automatic: learned vectors where there are some for this kind of model (no more work per "
-                    "step), else Safe Latent Diffusion (half again the work).",
+                    tooltip="automatic: learned vectors and guidance where there are vectors for this kind of model "
+                    "(no more work for harmless pictures), else Safe Latent Diffusion (half again the work).",
                 ),
                 io.String.Input(
                     "categories",
@@ -126,7 +126,8 @@ def _rows(plan: SafetyPlan) -> list[tuple[str, str]]:
     if plan.set is not None and plan.steers:
         rows.append(("vectors", f"{plan.set.name}, {len(plan.steers)} gated"))
     if plan.guide is not None:
-        rows.append(("guidance", f"Safe Latent Diffusion away from {plan.guide.text}"))
+        where = "where a gate opens, " if plan.gated else ""
+        rows.append(("guidance", f"{where}Safe Latent Diffusion away from {plan.guide.text}"))
     return rows
 
 

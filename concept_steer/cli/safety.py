@@ -220,7 +220,7 @@ class Guard:
     ) -> list[Image]:
         every = [[*_of_picture(steers, i), *plan.steers] for i in range(len(prompts))]
         shared = [*steers, *plan.steers] if _for_all(steers) else every
-        return draw(self.denoiser, prompts, seeds, shared, label=label, guide=plan.guide, **sampling)  # type: ignore[arg-type]
+        return draw(self.denoiser, prompts, seeds, shared, label=label, guide=plan.guidance, **sampling)  # type: ignore[arg-type]
 
 
 def _for_all(steers: Sequence[Any]) -> bool:

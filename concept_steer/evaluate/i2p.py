@@ -8,6 +8,7 @@ the expected maximum over 25 prompts. Compare numbers only between runs with one
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,7 +101,7 @@ def check_settings(
         told = {
             "method": made.method,
             "safety_set": "" if made.set is None else fingerprint(made.set),
-            "text": "" if made.guide is None else made.guide.text,
+            "guidance": {} if made.guide is None else {**asdict(made.guide), "gated": made.gated},
         }
         Parts(out / "settings", {"safety": level.to_dict(), **told}).get(f"safety-{name}", dict)
 

@@ -21,6 +21,7 @@ from .safety_drawing import NONE, Drawn, Order
 
 if TYPE_CHECKING:
     from ..safety import Firings, SafetyPlan, SafetySet, SafetySettings
+    from ..safety.gated_guidance import GatedGuidance
 
 # What every method that works with words is told; as the embedded model's captions say it.
 WORLD_TEXT = (
@@ -54,14 +55,16 @@ class Recipe:
 
     steers: tuple[Steer, ...] = ()
     firings: Firings | None = None
-    guide: SafeLatentDiffusion | None = None
+    guide: SafeLatentDiffusion | GatedGuidance | None = None
     negative: str = ""
 
     @cached_property
     def key(self) -> str:
         """Of all that decides about the pictures: two methods that do the same have one key."""
-        guide = None if self.guide is None else asdict(self.guide)
-        told = [self.negative, guide, sorted(repr(steer.order) for steer in self.steers)]
+        settings = getattr(self.guide, "settings", self.guide)
+        told = [self.negative, settings and asdict(settings), sorted(repr(steer.order) for steer in self.steers)]
+        if settings is not self.guide:
+            told.append("gated")
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
     def __call__(self, denoiser: Denoiser, order: Order) -> Drawn:
@@ -151,7 +154,7 @@ def switched(settings: SafetySettings, denoiser: Denoiser, safety_set: SafetySet
     Errors: SafetyError where the switch cannot work.
     """
     made = planned(settings, denoiser, safety_set)
-    return Recipe(made.steers, made.firings if made.steers else None, made.guide)
+    return Recipe(made.steers, made.firings if made.steers else None, made.guidance)
 
 
 def planned(settings: SafetySettings, denoiser: Denoiser, safety_set: SafetySet | None) -> SafetyPlan:

@@ -6,12 +6,13 @@ made (CALC_COND_BATCH, the safety text in the same batch), and every CFG functio
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
 
 import comfy.samplers
+import torch
 from torch import Tensor
 
 from ..errors import ConceptSteerError
@@ -22,30 +23,36 @@ SETTINGS, RUN = f"{KEY}_safe_latent_diffusion", f"{KEY}_safety_run"
 OWN_EMPTY = f"{KEY}_empty"  # a list of our own, for guiders without a negative prompt
 OF_THE_TEXT = ("cross_attn", "pooled_output", "attention_mask", "gligen", "model_conds", "uuid", KEY)
 Conds = Sequence[Mapping[str, Any]]
+Opened = Callable[[int], Sequence[bool]]
 
 
 @dataclass(frozen=True, eq=False)
 class Safety:
-    """What a MODEL carries: the method's settings, and its texts as CONDITIONING (None: the guider brings them)."""
+    """What a MODEL carries: the method's settings, and its texts as CONDITIONING (None: the guider brings them).
+
+    opened: (pictures) -> for which of them it acts, asked after their prompts were predicted; None: for all.
+    """
 
     settings: SafeLatentDiffusion
     text: Any = None
     empty: Any = None
+    opened: Opened | None = None
 
     def __deepcopy__(self, memo: Any) -> Safety:
         return self  # ComfyUI copies a model's options with all their content at every clone
 
 
-def safe_model(model: Any, clip: Any, settings: SafeLatentDiffusion) -> Any:
+def safe_model(model: Any, clip: Any, settings: SafeLatentDiffusion, opened: Opened | None = None) -> Any:
     """A clone of the MODEL that samples with Safe Latent Diffusion; the very same object when it is off.
 
     The safety text takes part as the prompt does: areas, masks, ControlNets, hooks and step ranges of each part of the
-    prompt hold for it too. Errors: ConceptSteerError for a model that predicts no noise or has the method already.
+    prompt hold for it too. opened: see `Safety`. Errors: ConceptSteerError for a model that predicts no noise or has
+    the method already.
     """
     if not settings.acts:
         return model
     text, empty = (clip.encode_from_tokens_scheduled(clip.tokenize(words)) for words in (settings.text, ""))
-    return _with_wrappers(model, Safety(settings, text, empty))
+    return _with_wrappers(model, Safety(settings, text, empty, opened))
 
 
 class SafeGuider(comfy.samplers.CFGGuider):
@@ -111,7 +118,7 @@ class SafetyRun:
     """One run of a sampler: its momentum, and which prompts of the present evaluation are safe already."""
 
     def __init__(self, safety: Safety, sigmas: Tensor, sampling: Any) -> None:
-        self.settings = safety.settings
+        self.settings, self.opened = safety.settings, safety.opened
         self.sigmas = [float(sigma) for sigma in sigmas]
         # the warm-up ends at a noise level, so that it means the same for every scheduler and with denoise below 1
         self.end_of_warmup = float(sampling.percent_to_sigma(self.settings.warmup / PUBLISHED_STEPS)) * (1 + 1e-4)
@@ -162,7 +169,19 @@ class SafetyRun:
     def predict(
         self, call: Any, conds: Sequence[Conds | None], prompts: Mapping[int, str], x: Tensor, sigma: Tensor
     ) -> list[Tensor]:
-        """The denoised pictures of `conds`, the prompts' with gamma taken out. call: conds -> denoised of each."""
+        """The denoised pictures of `conds`, the prompts' with gamma taken out. call: conds -> denoised of each.
+
+        Where only some pictures are guided, the further conditionings have a call of their own: the others' batch, and
+        so their bits, are as they would be without.
+        """
+        first: list[Tensor] = []
+        rows = torch.ones(x.shape[0], dtype=torch.bool)
+        if self.opened is not None:
+            first = list(call(conds))
+            rows = torch.tensor(list(self.opened(x.shape[0])))
+            if not bool(rows.any()):
+                return first
+        guided = rows.to(x.device).view(-1, *[1] * (x.ndim - 1))
         state = [self.states.setdefault(name, SafetyState(self.settings)) for name in prompts.values()]
         longer, known = list(conds), [self.name_of(c) for c in conds]
         wanted = state[0].wants(self.step, self.acting)
@@ -171,14 +190,21 @@ class SafetyRun:
             places[name] = known.index(name) if name in known else len(longer)
             if places[name] == len(longer):
                 longer.append(self.lists[name])
-        out = list(call(longer))
+        if first:
+            more = len(longer) - len(conds)
+            out = [*first, *(list(call([*[None] * len(conds), *longer[-more:]]))[-more:] if more else [])]
+        else:
+            out = list(call(longer))
         width = sigma.float().view(-1, *[1] * (x.ndim - 1))
         noise = {index: (x.float() - out[index].float()) / width for index in (*places.values(), *prompts)}
         uncond, safety = noise[places[self.uncond()]], noise[places[SAFETY]] if wanted else None
+        if safety is not None:
+            safety = torch.where(guided, safety, uncond)  # no direction, and none in the momentum
         for one, index in zip(state, prompts, strict=True):
             gamma = one.gamma(self.step, uncond, noise[index], safety, keep=self.at_step)
             if self.acting:
-                out[index] = (out[index].float() + width * gamma).to(out[index].dtype)
+                safe = (out[index].float() + width * gamma).to(out[index].dtype)
+                out[index] = torch.where(guided, safe, out[index])
         return out[: len(conds)]
 
 
@@ -266,9 +292,8 @@ def beside(prompts: Conds, conditioning: Any) -> list[dict[str, Any]]:
 
 
 def _identity(value: Any) -> str:
-    plain = isinstance(value, (bool, int, float, str)) or (
-        isinstance(value, tuple) and all(isinstance(part, (int, float, str)) for part in value)
-    )
+    parts = value if isinstance(value, tuple) else (value,)
+    plain = all(isinstance(part, (bool, int, float, str)) for part in parts)
     return repr(value) if plain else f"id {id(value)}"
 
 

@@ -33,7 +33,7 @@ class Gated(NamedTuple):
     gate: Gate
     at: Any
     timestep: float
-    rows: list[bool]
+    pictures: list[int | None]
     seen: list[Tensor | None]
 
 
@@ -123,7 +123,8 @@ def plan_of(options: Mapping[str, Any], x: Tensor, timestep: float, halvings: in
             part = c * column if mask is None else c * column * mask
             total = part if total is None else total + part
         else:
-            gated = _gated(steer, timestep, [bool(g) for g in gains], x.device)
+            numbers = [i % per_chunk if g else None for i, g in enumerate(gains)]
+            gated = _gated(steer, timestep, numbers, x.device)
             terms.append(Term(c, column, steer.operator, steer.threshold, mask, gated))
     if total is None and not terms:
         return None
@@ -157,14 +158,14 @@ def tell_gates(plan: Plan) -> None:
     for term in plan[1]:
         if term.gated is None:
             continue
-        gate, _, timestep, rows, seen = term.gated
+        gate, _, timestep, pictures, seen = term.gated
         if not seen:
             raise SafetyError(
                 "The UNet ran without its mid block's output passing the safety gate: another node or a replaced model "
                 "(an engine, a cache) bypasses it. Take that out, or use Safe Latent Diffusion (method 'sld')."
             )
         if seen[-1] is not None:
-            gate.saw(timestep, seen[-1], rows)
+            gate.saw(timestep, seen[-1], pictures)
         seen.clear()
 
 
@@ -175,10 +176,10 @@ def take_over(plan: Plan) -> None:
             term.gated.seen.append(None)
 
 
-def _gated(steer: Steer, timestep: float, rows: list[bool], device: torch.device) -> Gated | None:
+def _gated(steer: Steer, timestep: float, pictures: list[int | None], device: torch.device) -> Gated | None:
     if steer.gate is None:
         return None
-    return Gated(steer.gate, steer.gate.at(timestep, device), timestep, rows, [])
+    return Gated(steer.gate, steer.gate.at(timestep, device), timestep, pictures, [])
 
 
 def _tell_apart(guider: Any) -> None:

@@ -51,16 +51,8 @@ class Guard:
         """A run without a step is none. Errors: SafetyError when the vectors' gates were never asked."""
         if evaluations:
             self.plan.check_ran()
-            self.runs.append(Run(pictures, evaluations, _counted(self.plan, pictures)))
-
-
-def _counted(plan: SafetyPlan, pictures: int) -> dict[str, int]:
-    """Counted by picture: several prompts of one picture (regions, DualCFG) are several rows."""
-    if not plan.steers:
-        return {}
-    rows = plan.firings.by_picture()
-    fired = {i % pictures for i, steps in enumerate(rows) if steps}
-    return {**plan.firings.to_dict(), "pictures": pictures, "fired_pictures": len(fired)}
+            gate = self.plan.firings.to_dict() if self.plan.steers else {}
+            self.runs.append(Run(pictures, evaluations, gate))
 
 
 def guard_of(model: Any) -> Guard | None:
@@ -85,7 +77,7 @@ def safe(
     if made.guide is not None:
         from .comfy_guidance import safe_model
 
-        steered = safe_model(steered, clip, made.guide)
+        steered = safe_model(steered, clip, made.guide, made.firings.so_far if made.gated else None)
     return guarded(steered, Guard(made)), made
 
 

@@ -99,7 +99,9 @@ def guard_of(safety: SafetySettings, p: Any) -> Guard | None:
     if not safety.on:
         return None
     folders = library().folders
-    guidance = None if is_forge() else lambda settings: Guidance(settings, encoder(p), conditioning_key)
+    guidance = (
+        None if is_forge() else (lambda settings, opened: Guidance(settings, encoder(p), conditioning_key, opened))
+    )
     return Guard(
         safety,
         lambda family, channels: plan_for(safety, family, channels, folders, guidance is not None),

@@ -17,6 +17,7 @@ from ..guidance.safe_latent_diffusion import PUBLISHED_STEPS, SafeLatentDiffusio
 
 LAST = 999  # training timestep of pure noise
 SLACK = 1e-3
+Opened = Callable[[int], Sequence[bool]]
 
 
 class Steps:
@@ -42,13 +43,18 @@ class Steps:
 class Guidance:
     """One method over a run. encode: (text, on_cfg_denoiser's parameters) -> the web UI's conditioning, one row.
 
-    key: the conditioning_key of the model in use, which says how the web UI packs a condition.
+    key: the conditioning_key of the model in use, which says how the web UI packs a condition. opened: (pictures) ->
+    for which of them it acts, asked after their prompts were predicted; None: for all.
     """
 
     def __init__(
-        self, settings: SafeLatentDiffusion, encode: Callable[[str, Any], Any], key: Callable[[], str]
+        self,
+        settings: SafeLatentDiffusion,
+        encode: Callable[[str, Any], Any],
+        key: Callable[[], str],
+        opened: Opened | None = None,
     ) -> None:
-        self.settings, self.encode, self.key = settings, encode, key
+        self.settings, self.encode, self.key, self.opened = settings, encode, key, opened
         self.applied = 0
         self._denoiser: Any = None
         self._begin()
@@ -82,10 +88,15 @@ class Guidance:
         needed = acting or (self.settings.acts and self.settings.remembers)
         if not needed:
             return
+        guided = list(range(pictures))
+        if self.opened is not None:
+            guided = [i for i, acts in enumerate(self.opened(pictures)) if acts]
+            if not guided:
+                return
         first = [sum(parts[:i]) for i in range(pictures)]
         picture = torch.tensor([i for i, many in enumerate(parts) for _ in range(many)], device=out.device)
         noise = _Noise(asked, hasattr(model, "sigma_to_t"))
-        uncond, safety = self._further(asked, out, model, first, self.state.wants(step, acting), noise)
+        uncond, safety = self._further(asked, out, model, first, guided, self.state.wants(step, acting), noise)
         gamma = self.state.gamma(
             step,
             uncond[picture],
@@ -93,27 +104,36 @@ class Guidance:
             None if safety is None else safety[picture],
         )
         if acting:
-            gamma = gamma * torch.tensor(_positive(asked, count), device=out.device).view(-1, 1, 1, 1)
-            out[:count] = noise.less(out[:count], gamma, range(count))
+            acts = [on and i in guided for on, i in zip(_positive(asked, count), picture.tolist(), strict=True)]
+            rows = torch.tensor([row for row, on in enumerate(acts) if on], device=out.device, dtype=torch.long)
+            out[rows] = noise.less(out[:count], gamma, range(count))[rows]
 
     def _further(
-        self, asked: Any, out: Tensor, model: Any, first: Sequence[int], wanted: bool, noise: _Noise
+        self,
+        asked: Any,
+        out: Tensor,
+        model: Any,
+        first: Sequence[int],
+        guided: Sequence[int],
+        wanted: bool,
+        noise: _Noise,
     ) -> tuple[Tensor, Tensor | None]:
         """eps of no prompt and of the safety text (B, C, H, W), with one more call for what the host has not predicted.
 
-        Where the host skips the negative prompt (NGMS, early steps), the prompts' predictions stand in its place.
+        Where the host skips the negative prompt (NGMS, early steps), the prompts' predictions stand in its place. Of
+        pictures that are not guided, the safety text's is that of no prompt.
         """
-        pictures = len(first)
+        pictures, rows = len(first), [first[i] for i in guided]
+        uncond = noise.of(out[-pictures:], first)
         skipped = torch.equal(out[-pictures:], out[list(first)])
-        texts = [asked.text_uncond] if skipped else []
-        if wanted:
-            texts.append(_repeated(self.encode(self.settings.text, asked), pictures))
-        found = [
-            noise.of(model(asked.x[first], asked.sigma[first], cond=self._condition(text, asked, first)), first)
-            for text in texts
-        ]
-        safety = found.pop() if wanted else None
-        uncond = found.pop() if skipped else noise.of(out[-pictures:], first)
+
+        def predicted(text: Any) -> Tensor:
+            found = model(asked.x[rows], asked.sigma[rows], cond=self._condition(text, asked, rows))
+            return uncond.index_copy(0, torch.tensor(list(guided), device=out.device), noise.of(found, rows))
+
+        if skipped:
+            uncond = predicted(_chosen(asked.text_uncond, guided))
+        safety = predicted(_repeated(self.encode(self.settings.text, asked), len(rows))) if wanted else None
         return uncond, safety
 
     def _condition(self, text: Any, asked: Any, rows: Sequence[int]) -> Mapping[str, Any]:
@@ -174,6 +194,12 @@ def _positive(params: Any, count: int) -> list[bool]:
     """Of each prompt joined by AND, whether its weight is positive: away from a negative one is towards safety."""
     weights = [float(getattr(part, "weight", 1.0)) for picture in _prompts(params) for part in picture]
     return [weight > 0 for weight in weights] if len(weights) == count else [True] * count
+
+
+def _chosen(cond: Any, rows: Sequence[int]) -> Any:
+    if isinstance(cond, Mapping):
+        return {key: _chosen(value, rows) for key, value in cond.items()}
+    return cond[list(rows)]
 
 
 def _repeated(cond: Any, rows: int) -> Any:

@@ -123,7 +123,7 @@ class Job:
         self.evaluations = self.calls = 0
         self._raise()
         if self.guard is not None:
-            self.guard.done = False
+            self.guard.start()
         if self.rows or self.tags or self.balance is not None or self.guard is not None:
             self.main = self.hook.family(self.p)
             check_steers([*self.rows, *self.tags], *self.main)
@@ -186,17 +186,17 @@ class Job:
         """h (B, C, H, W) for these rows: a new tensor, or the same one. Errors: the job's failure."""
         self._raise()
         self.calls += 1
-        conds = [row.cond for row in rows]
+        conds, pictures = [row.cond for row in rows], [row.picture for row in rows]
         safe = ()
         if self.guard is not None:
             self.guard.reached(sum(conds))
             safe = self.guard.steers
         everywhere = [*self._of_pass(self.rows), *self.tags, *safe] if self.steering else [*safe]
         if not self.pictures or not self.steering:
-            return steer_rows(h, everywhere, timestep, conds)
+            return steer_rows(h, everywhere, timestep, conds, pictures)
         first = int(getattr(self.p, "iteration", 0)) * int(self.p.batch_size)
         own = [self._of_pass(self.pictures[first + row.picture]) for row in rows]
-        return steer_rows(h, [(*everywhere, *mine) for mine in own], timestep, conds)
+        return steer_rows(h, [(*everywhere, *mine) for mine in own], timestep, conds, pictures)
 
     def _of_pass(self, steers: Sequence[Steer]) -> Sequence[Steer]:
         """The accordion's steers in the pass that runs."""

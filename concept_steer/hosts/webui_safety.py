@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import SafetyError
 from ..safety import SafetyPlan, SafetySettings, plan
 from ..safety.safety_set import SHIPPED
-from .webui_guidance import Guidance
+from .webui_guidance import Guidance, Opened
 
 PLAIN = 0.887  # grey level of a picture that is withheld
 REPLACED = (
@@ -40,14 +40,14 @@ def plan_for(
 class Guard:
     """Safety over one run of the web UI, for whatever models it uses. make: (family, channels) -> plan.
 
-    guidance: (settings of Safe Latent Diffusion) -> Guidance, None where the host has no place for it.
+    guidance: (settings of Safe Latent Diffusion, for which pictures) -> Guidance, None where the host has no place.
     """
 
     def __init__(
         self,
         settings: SafetySettings,
         make: Callable[[str, int], SafetyPlan],
-        guidance: Callable[[Any], Guidance] | None = None,
+        guidance: Callable[[Any, Opened | None], Guidance] | None = None,
     ) -> None:
         self.settings, self.make, self.guidance = settings, make, guidance
         self.plans: dict[tuple[str, int], SafetyPlan] = {}
@@ -64,10 +64,16 @@ class Guard:
             if made.guide is not None:
                 if self.guidance is None:
                     raise SafetyError("Safe Latent Diffusion is not possible in this web UI, so nothing is drawn.")
-                self.guides[key] = self.guidance(made.guide)
+                self.guides[key] = self.guidance(made.guide, made.firings.so_far if made.gated else None)
             self.plans[key] = made
         self.now = key
         return self.plans[key]
+
+    def start(self) -> None:
+        """A pass of sampling begins."""
+        self.done = False
+        for made in self.plans.values():
+            made.firings.begin()
 
     @property
     def steers(self) -> tuple[Any, ...]:

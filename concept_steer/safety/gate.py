@@ -27,13 +27,14 @@ At = tuple[Tensor, Tensor]  # of one timestep: directions (C, K), and the sums <
 class Firings:
     """How often gates opened in one run. Handed to a gate with `Presence.counted`; nothing else ever writes to it.
 
-    A row is a picture as long as the timestep falls; when it rises again, another batch or run has begun. Several
-    gates may share one: a picture fired at a step when any of them did.
+    A run is a batch as long as the timestep falls; when it rises again, another one has begun, and also after `begin`.
+    Several gates may share one: a picture fired at a step when any of them did.
     """
 
     def __init__(self) -> None:
-        self._notes: list[tuple[str, float, Tensor]] = []
-        self._runs: list[dict[float, dict[str, list[bool]]]] = []
+        self._notes: list[tuple[float, Tensor, Sequence[int | None]]] = []
+        self._begins = True
+        self._runs: list[dict[float, dict[int, bool]]] = []
 
     def __copy__(self) -> Firings:
         return self
@@ -41,39 +42,56 @@ class Firings:
     def __deepcopy__(self, memo: Any) -> Firings:
         return self  # ComfyUI deep-copies what hangs on a model; all copies of one run count together
 
-    def saw(self, gate: str, timestep: float, opened: Tensor) -> None:
-        """opened: (rows,) bool, kept where it is until it is asked for, so that no accelerator has to wait."""
-        self._notes.append((gate, float(timestep), opened.detach()))
+    def saw(self, timestep: float, opened: Tensor, pictures: Sequence[int | None] | None = None) -> None:
+        """opened: (rows,) bool, kept where it is until it is asked for, so that no accelerator has to wait.
+
+        pictures: of each row its picture's number in the batch, None for a row that does not count.
+        """
+        self._notes.append((float(timestep), opened.detach(), pictures or range(opened.numel())))
 
     def reset(self) -> None:
         """Before a run that shall be counted by itself."""
         self._notes.clear()
         self._runs.clear()
 
-    def _sorted(self) -> list[dict[float, dict[str, list[bool]]]]:
-        for gate, timestep, opened in self._notes:
-            if not self._runs or timestep > min(self._runs[-1]):
+    def begin(self) -> None:
+        """What is told from here on is of another batch, at whatever timestep it begins."""
+        self._sorted()
+        self._begins = True
+
+    def _sorted(self) -> list[dict[float, dict[int, bool]]]:
+        for timestep, opened, pictures in self._notes:
+            values = opened.reshape(-1).tolist()
+            told = [(i, bool(value)) for i, value in zip(pictures, values, strict=True) if i is not None]
+            if not told:
+                continue
+            if self._begins or not self._runs or timestep > min(self._runs[-1]):
                 self._runs.append({})
-            rows = self._runs[-1].setdefault(timestep, {})
-            rows[gate] = [*rows.get(gate, []), *opened.reshape(-1).tolist()]
+                self._begins = False
+            step = self._runs[-1].setdefault(timestep, {})
+            for picture, value in told:
+                step[picture] = step.get(picture, False) or value
         self._notes.clear()
         return self._runs
 
     def by_picture(self) -> list[int]:
         """For each picture, in the order of sampling, at how many of its steps a gate was open."""
-        found: list[int] = []
-        for run in self._sorted():
-            # the first time tells how many pictures there are: a sampler may come back to a later one (Heun)
-            count = max(len(rows) for rows in next(iter(run.values())).values())
-            steps = [0] * count
-            for rows in run.values():
-                fired = [False] * count
-                for opened in rows.values():
-                    for i, value in enumerate(opened):
-                        fired[i % count] |= bool(value)
-                steps = [total + now for total, now in zip(steps, fired, strict=True)]
-            found += steps
-        return found
+        return [
+            sum(step.get(picture, False) for step in run.values())
+            for run in self._sorted()
+            for picture in range(_pictures(run))
+        ]
+
+    @property
+    def told(self) -> bool:
+        """Whether gates have been asked since anybody last looked."""
+        return bool(self._notes)
+
+    def so_far(self, pictures: int) -> list[bool]:
+        """For each picture of the batch that is sampled now, whether a gate has been open at any of its steps."""
+        runs = self._sorted()
+        now = [] if self._begins or not runs else runs[-1].values()
+        return [any(step.get(i, False) for step in now) for i in range(pictures)]
 
     @property
     def pictures(self) -> int:
@@ -86,9 +104,7 @@ class Firings:
     @property
     def steps(self) -> int:
         """Picture-steps looked at."""
-        runs = self._sorted()
-        counts = [max(len(rows) for rows in next(iter(run.values())).values()) * len(run) for run in runs]
-        return sum(counts)
+        return sum(_pictures(run) * len(run) for run in self._sorted())
 
     @property
     def fired_steps(self) -> int:
@@ -109,6 +125,10 @@ class Firings:
             f"the gate opened in {self.fired_pictures} of {self.pictures} pictures "
             f"({self.fired_steps} of {self.steps} picture-steps)"
         )
+
+
+def _pictures(run: dict[float, dict[int, bool]]) -> int:
+    return 1 + max(picture for step in run.values() for picture in step)
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,14 +233,10 @@ class Presence:
         read = torch.einsum("ntc,tkc->ntk", pooled.float(), self.directions)
         return ((read - self.limits) / self.scales).amax(2)
 
-    def saw(self, timestep: float, opened: Tensor, rows: Sequence[bool] | None = None) -> None:
-        """Count, where a `Firings` was handed in. rows: which of the rows are steered ones; None: all."""
-        if self.firings is None:
-            return
-        flat = opened.reshape(-1)
-        if rows is not None and not all(rows):
-            flat = flat[torch.tensor([i for i, mine in enumerate(rows) if mine], device=flat.device, dtype=torch.long)]
-        self.firings.saw(self.fingerprint, timestep, flat)
+    def saw(self, timestep: float, opened: Tensor, pictures: Sequence[int | None] | None = None) -> None:
+        """Count, where a `Firings` was handed in."""
+        if self.firings is not None:
+            self.firings.saw(timestep, opened, pictures)
 
     def counted(self, firings: Firings | None) -> Presence:
         """The same gate, which tells `firings`."""

@@ -33,7 +33,8 @@ class SafetySettings:
     """What to keep out of pictures, how, and what becomes of a picture that a detector still flags.
 
     level: "off" to "strict". method: "vectors" (learned, for one model family), "sld" (Safe Latent Diffusion, any
-    model, one more UNet row), "both", or "auto": vectors where there are some for the family, else SLD.
+    model, one more UNet row), "both" (below "strict" SLD only for pictures in which the vectors' gate finds something),
+    or "auto": both where there are vectors for the family and guidance is possible, else the one that is.
     categories: those of the safety set; none named means all of them. texts: what a category means, in place of the
     set's own words; only SLD reads them. on_flag, retries: for flagged pictures. detector: "" looks at no picture.
     threshold: of the detector, 0..1; None is its own. Errors: SettingError.
@@ -96,7 +97,7 @@ class SafetySettings:
             return "Safety is off."
         what = ", ".join(self.categories) or "all categories"
         how = {
-            "auto": "learned vectors where there are some for the model, else Safe Latent Diffusion",
+            "auto": "learned vectors and guidance where there are vectors for the model, else Safe Latent Diffusion",
             "vectors": "learned vectors",
             "sld": "Safe Latent Diffusion",
             "both": "learned vectors and Safe Latent Diffusion",

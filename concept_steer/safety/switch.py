@@ -1,7 +1,8 @@
 """One switch: from settings and a model to what is done at every step. It fails closed.
 
 Levels: with vectors, the strength and the gate's threshold that the set was learned with; with Safe Latent Diffusion,
-its presets. Where both act, the gated vectors keep the picture's h clean and guidance takes care of the rest.
+its presets. Where both act, the gated vectors keep the picture's h clean, and guidance draws something else in place of
+what they take away: below "strict" for those pictures only whose gate has opened, at "strict" for all.
 """
 
 from __future__ import annotations
@@ -15,28 +16,32 @@ from ..family import family as family_of
 from ..guidance.safe_latent_diffusion import SAFETY_TEXT, SafeLatentDiffusion
 from ..steering import Steer
 from .gate import Firings
+from .gated_guidance import GatedGuidance
 from .known import TEXTS
 from .report import SafetyReport
 from .safety_set import SafetySet, find_safety_set
 from .settings import SafetySettings
 
-PRESETS = {"gentle": "medium", "standard": "strong", "strict": "max"}  # of Safe Latent Diffusion
+PRESETS = {"gentle": "medium", "standard": "strong", "strict": "max"}  # of Safe Latent Diffusion, for every picture
+GATED_PRESETS = {"gentle": "strong", "standard": "max"}  # where it guides only pictures whose gate has opened
 NEXT = {"medium": "strong", "strong": "max", "max": "max"}
 GROWTH = 1.5  # of the vectors' strength at every further try
 
 
 @dataclass(frozen=True)
 class SafetyPlan:
-    """What is in force for one model. steers: for the prompt's rows, each with its gate. guide: of `sampling.sample`.
+    """What is in force for one model. steers: for the prompt's rows, each with its gate. guide: guidance's settings.
 
-    method: "off", "vectors", "sld" or "both". firings: counts what the gates of `steers` open; `reset` it before a run.
-    attempt: how often it has been made stronger.
+    method: "off", "vectors", "sld" or "both". gated: whether guidance is for those pictures only whose gate has opened.
+    firings: counts what the gates of `steers` open; `reset` it before a run. attempt: how often it has been made
+    stronger.
     """
 
     settings: SafetySettings
     method: str = "off"
     steers: tuple[Steer, ...] = ()
     guide: SafeLatentDiffusion | None = None
+    gated: bool = False
     set: SafetySet | None = None
     categories: tuple[str, ...] = ()
     firings: Firings = field(default_factory=Firings, compare=False)
@@ -45,6 +50,13 @@ class SafetyPlan:
     @property
     def acts(self) -> bool:
         return bool(self.steers) or self.guide is not None
+
+    @property
+    def guidance(self) -> SafeLatentDiffusion | GatedGuidance | None:
+        """For `sampling.sample`."""
+        if self.guide is None or not self.gated:
+            return self.guide
+        return GatedGuidance(self.guide, self.firings)
 
     def stronger(self) -> SafetyPlan:
         """For a further try: vectors half as strong again, the next preset of guidance, and firings of its own."""
@@ -55,7 +67,7 @@ class SafetyPlan:
             steers = tuple(self.set.steers(self.settings.level, chosen, firings, GROWTH**attempt))
         guide = self.guide
         if guide is not None:
-            preset = PRESETS[self.settings.level]
+            preset = (GATED_PRESETS if self.gated else PRESETS)[self.settings.level]
             for _ in range(attempt):
                 preset = NEXT[preset]
             guide = SafeLatentDiffusion.preset(preset, text=guide.text)
@@ -87,8 +99,11 @@ class SafetyPlan:
             lines.append(f"Learned vectors of the set {self.set.name!r}, only where a concept shows: {gates}.")
             if self.settings.texts and self.guide is None:
                 lines.append("The texts given are not read: vectors keep the meaning they were learned with.")
+        if self.method == "vectors" and self.settings.method == "auto":
+            lines.append("There is no place for guidance here: where the vectors act, pictures lose form.")
         if self.guide is not None:
-            lines.append(f"Safe Latent Diffusion away from: {self.guide.text} (one more UNet row a picture and step).")
+            whom = "of those pictures only" if self.gated else "a picture and step"
+            lines.append(f"Safe Latent Diffusion away from: {self.guide.text} (one more UNet row {whom}).")
         return "\n".join(lines)
 
 
@@ -109,7 +124,7 @@ def plan(
 
     sets: named by the user; else one is looked for in `folders` (default: the library, and what ships with the demo
     model). can_guide: whether the host can predict a safety text beside the prompt.
-    "auto": vectors where there is a set, at level "strict" with guidance beside them, else guidance.
+    "auto": where there is a set both, or vectors alone if the host cannot guide; else guidance.
     Errors: SafetyError when nothing of what was asked for is possible, for unknown categories or a damaged set;
     FamilyMismatch for sets of other models.
     """
@@ -122,11 +137,11 @@ def plan(
     steers: tuple[Steer, ...] = ()
     if method != "sld" and found is not None:
         steers = tuple(found.steers(settings.level, settings.categories, firings))
-    guide = None
+    guide, gated = None, method == "both" and settings.level in GATED_PRESETS
     if method != "vectors":
         text = safety_text(settings, found)
-        guide = SafeLatentDiffusion.preset(PRESETS[settings.level], text=text)
-    return SafetyPlan(settings, method, steers, guide, found, categories, firings)
+        guide = SafeLatentDiffusion.preset((GATED_PRESETS if gated else PRESETS)[settings.level], text=text)
+    return SafetyPlan(settings, method, steers, guide, gated, found, categories, firings)
 
 
 def _set_for(
@@ -150,8 +165,7 @@ def _set_for(
 def _method(settings: SafetySettings, family: str, found: SafetySet | None, can_guide: bool) -> str:
     wanted = settings.method
     if wanted == "auto":
-        both = found is not None and settings.level == "strict" and can_guide
-        wanted = "both" if both else "vectors" if found is not None else "sld"
+        wanted = "sld" if found is None else "both" if can_guide else "vectors"
     if wanted in ("vectors", "both") and found is None:
         raise SafetyError(
             f"Safety is on, but there are no safety vectors for {family_of(family).title} ({family}), so nothing is "

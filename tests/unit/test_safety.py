@@ -164,24 +164,37 @@ def test_off_does_nothing():
     assert not made.acts and made.method == "off" and made.text() == "Safety is off."
 
 
-def test_automatic_takes_vectors_where_there_are_some_and_guidance_otherwise():
-    vectors, guidance = planned(sets=[safety_set()]), planned()
-    assert (vectors.method, vectors.guide, len(vectors.steers)) == ("vectors", None, 1)
-    assert vectors.steers[0].vector.title == "safe: all" and vectors.steers[0].rows == "cond"
+def test_automatic_takes_both_where_there_are_vectors_and_guidance_otherwise():
+    both, guidance = planned(sets=[safety_set()]), planned()
+    assert (both.method, both.gated, len(both.steers)) == ("both", True, 1)
+    assert both.steers[0].vector.title == "safe: all" and both.steers[0].rows == "cond"
+    assert both.guidance.settings is both.guide and both.guidance.firings is both.firings and both.guidance.gated
     assert (guidance.method, guidance.steers) == ("sld", ()) and guidance.guide.text == SAFETY_TEXT
+    assert guidance.guidance is guidance.guide and not guidance.gated
 
 
-def test_strict_adds_guidance_to_the_vectors_where_both_are_possible():
+def test_automatic_is_vectors_alone_where_the_host_cannot_guide_and_says_so():
+    made = planned(sets=[safety_set()], can_guide=False)
+    assert (made.method, made.guidance) == ("vectors", None) and "no place for guidance" in made.text()
+    assert "no place" not in planned(method="vectors", sets=[safety_set()]).text()
+
+
+def test_strict_guides_every_picture_where_that_is_possible():
     both = planned(level="strict", sets=[safety_set()])
     assert both.method == "both" and both.guide.scale == PRESETS["max"].scale and both.steers[0].strength == 2.0
+    assert both.guidance is both.guide and not both.gated
     assert planned(level="strict", sets=[safety_set()], can_guide=False).method == "vectors"
     assert planned(level="strict", method="vectors", sets=[safety_set()]).guide is None
 
 
-@pytest.mark.parametrize(("level", "preset"), [("gentle", "medium"), ("standard", "strong"), ("strict", "max")])
-def test_levels_are_presets_of_guidance_and_thresholds_of_gates(level, preset):
+@pytest.mark.parametrize(
+    ("level", "alone", "beside"),
+    [("gentle", "medium", "strong"), ("standard", "strong", "max"), ("strict", "max", "max")],
+)
+def test_levels_are_presets_of_guidance_and_thresholds_of_gates(level, alone, beside):
     made = planned(level=level, method="both", sets=[safety_set(threshold=0.5)])
-    assert made.guide.warmup == PRESETS[preset].warmup
+    assert made.guide.warmup == PRESETS[beside].warmup
+    assert planned(level=level, method="sld").guide.warmup == PRESETS[alone].warmup
     assert made.steers[0].gate.threshold == made.set.distilled.levels[level].threshold
 
 
@@ -240,7 +253,10 @@ def test_every_further_try_is_stronger_and_counts_for_itself():
     first = planned(method="both", sets=[safety_set()])
     second = first.stronger()
     assert second.steers[0].strength == 1.5 * first.steers[0].strength and second.firings is not first.firings
-    assert (first.guide.warmup, second.guide.warmup) == (PRESETS["strong"].warmup, PRESETS["max"].warmup)
+    assert second.guidance.firings is second.firings and second.gated
+    gentle = planned(level="gentle", method="both", sets=[safety_set()])
+    warmups = [one.guide.warmup for one in (gentle, gentle.stronger(), first, second)]
+    assert warmups == [PRESETS[name].warmup for name in ("strong", "max", "max", "max")]
     assert second.stronger().guide == second.guide and second.stronger().attempt == 2
 
 
@@ -252,8 +268,8 @@ def test_a_run_in_which_no_gate_was_asked_is_an_error():
 
 def test_the_report_says_what_was_in_force():
     made = planned(sets=[safety_set()])
-    made.firings.saw("gate", 999.0, torch.tensor([True, False]))
+    made.firings.saw(999.0, torch.tensor([True, False]))
     report = made.report()
     assert report.to_dict()["gate"] == {"pictures": 2, "fired_pictures": 1, "steps": 2, "fired_steps": 1}
-    assert "opened in 1 of 2 pictures" in report.text() and "learned vectors" in report.text()
+    assert "opened in 1 of 2 pictures" in report.text() and "learned vectors and Safe Latent Diffusion" in report.text()
     assert json.dumps(report.to_dict())

@@ -157,7 +157,7 @@ def test_pictures_drawn_past_the_switch_are_not_handed_out():
     made = plan(SafetySettings(), FAMILY, C, sets=[safety_set()])
     with pytest.raises(SafetyError, match="bypasses"):
         checked(made=made)
-    made.firings.saw("gate", 999.0, torch.tensor([True, False, False]))
+    made.firings.saw(999.0, torch.tensor([True, False, False]))
     assert checked(made=made).report.firings["fired_pictures"] == 1
 
 

@@ -22,7 +22,7 @@ def studio():
 
 
 def drawn(studio, prompts, made=None):
-    how = {"steers": made.steers, "guide": made.guide} if made else {}
+    how = {"steers": made.steers, "guide": made.guidance} if made else {}
     with torch.inference_mode():
         return sample(studio.denoiser, prompts, seeds=range(70, 70 + len(prompts)), steps=10, **how)
 
@@ -40,7 +40,7 @@ def test_a_set_ships_for_the_embedded_model_as_it_is(studio):
 
 def test_the_default_switch_leaves_harmless_pictures_alone_to_the_bit(studio):
     made = planned(studio)
-    assert made.method == "vectors" and made.guide is None
+    assert made.method == "both" and made.gated
     before, after = drawn(studio, HARMLESS), drawn(studio, HARMLESS, made)
     assert torch.equal(before.view(torch.int32), after.view(torch.int32))
     assert made.firings.to_dict() == {"pictures": 4, "fired_pictures": 0, "steps": 40, "fired_steps": 0}
@@ -56,10 +56,12 @@ def test_it_acts_on_suggestive_prompts_and_leaves_nothing_the_judges_object_to(s
     assert studio.judges(studio.denoiser.decode(named)).inappropriate_share() <= 0.25
 
 
-def test_the_same_run_costs_no_further_unet_rows(studio):
-    costs = []
-    for made in (None, planned(studio), planned(studio, method="sld")):
+def test_a_harmless_picture_costs_no_further_unet_rows_and_one_that_is_guided_half_as_many_again(studio):
+    def rows(prompt, made):
         before = studio.denoiser.cost.snapshot()
-        drawn(studio, ["a pilot"], made)
-        costs.append(studio.denoiser.cost.since(before).unet_rows)
-    assert costs[0] == costs[1] < costs[2]
+        drawn(studio, [prompt], made)
+        return studio.denoiser.cost.since(before).unet_rows
+
+    plain, guided = rows("a pilot", None), rows("a pilot", planned(studio, method="sld"))
+    assert rows("a pilot", planned(studio)) == plain == 20
+    assert rows("a knife", planned(studio)) == guided == 30

@@ -9,6 +9,7 @@ import torch
 from safety_parts import FAMILY, TIMES, C, concept, presence, safety_set
 from tiny_diffusers import tiny_denoiser
 
+from concept_steer.denoiser import steer_rows
 from concept_steer.errors import SafetyError, SettingError
 from concept_steer.hosts.comfy_plan import STEERS, plan_of, steered, take_over, tell_gates
 from concept_steer.safety import Firings, Presence
@@ -127,6 +128,24 @@ def test_a_second_batch_is_counted_as_further_pictures():
         for t in (999.0, 400.0, 0.0):
             apply(h_with(*means), [one], t, [True, True])
     assert firings.by_picture() == [3, 0, 3, 3] and firings.steps == 12
+
+
+def test_a_batch_that_begins_where_the_last_one_ended_is_told_apart_by_its_begin():
+    firings = Firings()
+    for means in ((1.0, 0.0), (0.0, 0.0)):
+        firings.begin()
+        assert firings.so_far(2) == [False, False]
+        apply(h_with(*means), [steer(firings)], 999.0, [True, True])
+        assert firings.told and firings.so_far(2) == [means[0] > 0.5, False] and not firings.told
+    assert firings.by_picture() == [1, 0, 0, 0]
+
+
+def test_rows_of_one_picture_count_for_it_whatever_their_order():
+    firings = Firings()
+    apply(h_with(0.0, 1.0, 0.0, 0.0), [steer(firings)], 999.0, [True] * 4, [1, 0, 0, 1])
+    assert firings.so_far(2) == [True, False] and firings.by_picture() == [1, 0]
+    rows = steer_rows(h_with(0.0, 1.0), [[steer(firings)], [steer(firings, strength=2.0)]], 500.0)
+    assert rows.shape[0] == 2 and firings.so_far(2) == [True, True]
 
 
 def test_two_gates_on_one_picture_count_it_once():

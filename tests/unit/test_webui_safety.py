@@ -84,9 +84,9 @@ def evaluate(model, guidance, step, sigma, x, prompts=(("a",), ("b",)), weights=
     return ((x - joined) / sigma if hasattr(model, "sigma_to_t") else joined), out
 
 
-def begun(preset="max", **changes):
+def begun(preset="max", opened=None, **changes):
     settings = SafeLatentDiffusion.preset(preset, text="bad", **changes)
-    return Guidance(settings, lambda text, asked: TEXTS[text], lambda: "crossattn")
+    return Guidance(settings, lambda text, asked: TEXTS[text], lambda: "crossattn", opened)
 
 
 def pictures(seed=0):
@@ -118,6 +118,24 @@ def test_guidance_costs_one_more_row_a_picture_and_step():
     model = Denoises()
     evaluate(model, begun(), 0, 5.0, pictures())
     assert model.calls == [4, 2]
+
+
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("prompts", [(("a",), ("b",)), (("a", "b"), ("b",))])
+def test_guidance_behind_a_gate_acts_on_the_pictures_that_opened_it_and_costs_only_theirs(prompts, skip):
+    """The others' predictions keep their bits, also of their own prompts joined by AND."""
+    for acts in ([True, False], [False, True], [False, False], [True, True]):
+        model, x = Denoises(), pictures()
+        _, plain = evaluate(Denoises(), begun(scale=0), 0, 5.0, x, prompts, skip=skip)
+        _, whole = evaluate(Denoises(), begun(), 0, 5.0, x, prompts, skip=skip)
+        _, out = evaluate(model, begun(opened=lambda count, acts=acts: acts), 0, 5.0, x, prompts, skip=skip)
+        rows = [i for i, many in enumerate(prompts) for _ in many]
+        for row, picture in enumerate(rows):
+            expected = whole if acts[picture] else plain
+            torch.testing.assert_close(out[row], expected[row])
+            assert torch.equal(out[row], plain[row]) != acts[picture]
+        assert torch.equal(out[len(rows) :], plain[len(rows) :])
+        assert sum(model.calls[1:]) == sum(acts) * (2 if skip else 1)
 
 
 def test_during_the_warm_up_predictions_keep_their_bits_and_the_momentum_runs_along():
@@ -198,7 +216,9 @@ def safety_set(limit=-1.0, family=FAMILY):
 
 def safe(host, folder, *rows, level="standard", method="auto", can_guide=True, family=FAMILY, **more):
     settings = Settings(bool(rows), rows, safety=SafetySettings(level=level, method=method))
-    guidance = (lambda chosen: Guidance(chosen, lambda text, asked: None, lambda: "crossattn")) if can_guide else None
+    guidance = None
+    if can_guide:
+        guidance = lambda chosen, opened: Guidance(chosen, lambda text, asked: None, lambda: "crossattn", opened)  # noqa: E731
     guard = Guard(
         settings.safety, lambda *model: plan_for(settings.safety, *model, [folder], guidance is not None), guidance
     )
@@ -222,7 +242,7 @@ def test_safety_adds_its_vectors_to_the_prompts_rows_at_every_level(folder, leve
 def test_a_gate_that_stays_shut_changes_no_bit(tmp_path):
     safety_set(limit=5.0).save(tmp_path / "test.safety.safetensors")
     host = Host()
-    job = safe(host, tmp_path)
+    job = safe(host, tmp_path, method="vectors")
     assert values(host.sample()) == [0] * 4
     assert job.guard.done and "opened in 0 of 2 pictures (0 of 6" in job.guard.report()
 
@@ -230,7 +250,7 @@ def test_a_gate_that_stays_shut_changes_no_bit(tmp_path):
 def test_safety_and_rows_add_up_and_the_hires_factor_is_the_rows_only(folder):
     host = Host()
     host.inside = lambda step: setattr(host, "is_hr_pass", step > 0)
-    job = safe(host, folder, Row("v1"))
+    job = safe(host, folder, Row("v1"), method="vectors")
     job.settings = Settings(True, (Row("v1"),), 0.0, None, job.settings.safety)
     host.sample()
     assert [values(seen)[0] for seen in host.seen] == [3, 2, 2]
@@ -245,7 +265,7 @@ def test_rows_that_are_switched_off_stay_off_beside_safety_and_in_the_hires_pass
 
 def test_what_safety_did_is_told(folder):
     host = Host()
-    job = safe(host, folder)
+    job = safe(host, folder, method="vectors")
     host.sample()
     assert "Safety standard by learned vectors: violence." in job.guard.report()
     assert "opened in 2 of 2 pictures (6 of 6 picture-steps)" in job.guard.report()
@@ -297,7 +317,7 @@ def test_an_unknown_category_is_refused(folder):
 def test_a_unet_that_goes_around_the_mid_block_gives_no_picture(folder):
     host = Host()
     host.unet.forward = lambda x, timesteps, context: x
-    safe(host, folder)
+    safe(host, folder, method="vectors")
     refused(host, "without its mid block's output being reached")
 
 
@@ -305,7 +325,7 @@ def test_a_cache_that_leaves_the_mid_block_out_now_and_then_gives_no_picture(fol
     host = Host()
     whole = host.unet.forward
     host.inside = lambda step: setattr(host.unet, "forward", whole if step != 1 else lambda x, timesteps, context: x)
-    safe(host, folder)
+    safe(host, folder, method="vectors")
     refused(host, "without its mid block's output being reached")
     assert len(host.seen) == 2  # told at the next evaluation
 
@@ -313,16 +333,16 @@ def test_a_cache_that_leaves_the_mid_block_out_now_and_then_gives_no_picture(fol
 def test_values_that_are_no_numbers_give_no_picture(folder):
     host = Host()
     host.unet.forward = lambda x, timesteps, context: host.unet.middle_block(x) * float("nan")
-    safe(host, folder)
+    safe(host, folder, method="vectors")
     refused(host, "no numbers")
 
 
 def test_a_sampler_that_tells_of_no_evaluation_gives_no_picture_unless_it_was_interrupted(folder):
     host = Host(steps=1)
     host.sample = lambda: torch.zeros(2, 4)
-    safe(host, folder)
+    safe(host, folder, method="vectors")
     refused(host, "never told")
-    safe(host, folder, stopped=lambda: True)
+    safe(host, folder, stopped=lambda: True, method="vectors")
     assert host.sample().shape == (2, 4)
 
 
@@ -335,7 +355,7 @@ def test_guidance_that_the_host_does_not_ask_gives_no_picture(tmp_path):
 def test_a_batch_that_is_not_understood_gives_no_picture(folder):
     host = Host()
     host.rows = 5
-    safe(host, folder)
+    safe(host, folder, method="vectors")
     refused(host, "5 rows for 2 pictures", Exception)
 
 
