@@ -25,6 +25,7 @@ from .settings import SafetySettings
 PRESETS = {"gentle": "medium", "standard": "strong", "strict": "max"}  # of Safe Latent Diffusion, for every picture
 GATED_PRESETS = {"gentle": "strong", "standard": "max"}  # where it guides only pictures whose gate has opened
 NEXT = {"medium": "strong", "strong": "max", "max": "max"}
+BEGINNING = "an image showing "  # as the published text begins
 GROWTH = 1.5  # of the vectors' strength at every further try
 
 
@@ -196,4 +197,4 @@ def safety_text(settings: SafetySettings, found: SafetySet | None = None) -> str
         return SAFETY_TEXT
     names = settings.categories or tuple(words)
     parts = [part.strip() for name in names for part in words[name].split(",")]
-    return ", ".join(dict.fromkeys(part for part in parts if part))
+    return BEGINNING + ", ".join(dict.fromkeys(part for part in parts if part))

@@ -212,10 +212,11 @@ def test_all_gates_of_a_plan_count_together_and_no_two_plans_do():
 
 
 def test_the_switch_says_what_guidance_keeps_away_from():
-    assert safety_text(SafetySettings(categories=("sexual",))) == TEXTS["sexual"]
-    assert safety_text(SafetySettings(), safety_set()) == "weapons, a weapons thing, alcohol, a alcohol thing"
+    assert safety_text(SafetySettings(categories=("sexual",))) == "an image showing " + TEXTS["sexual"]
+    every = "an image showing weapons, a weapons thing, alcohol, a alcohol thing"
+    assert safety_text(SafetySettings(), safety_set()) == every
     own = SafetySettings(categories=("clowns",), texts={"clowns": "a clown, red noses"})
-    assert safety_text(own) == "a clown, red noses"
+    assert safety_text(own) == "an image showing a clown, red noses"
 
 
 def test_the_published_categories_share_out_the_published_text():

@@ -187,8 +187,8 @@ def guidance_through_the_switch_is_safe_latent_diffusion() -> str:
     """Alone, and beside vectors."""
     texts = SafetySettings(method="sld", texts={"violence": "weapons, blood"}, categories=("violence",))
     model, made = safe(demo()[0], demo()[1], texts)
-    assert made.method == "sld" and made.guide.text == "weapons, blood" and not made.steers
-    by_hand = safe_model(demo()[0], demo()[1], SafeLatentDiffusion.preset("strong", text="weapons, blood"))
+    assert made.method == "sld" and made.guide.text == "an image showing weapons, blood" and not made.steers
+    by_hand = safe_model(demo()[0], demo()[1], SafeLatentDiffusion.preset("strong", text=made.guide.text))
     same(_drawn(model), _drawn(by_hand))
     both, made = safe(demo()[0], demo()[1], SafetySettings("strict"), [_set()])
     assert made.method == "both"
