@@ -33,9 +33,8 @@ class ConceptSteerScript(scripts.Script):
         """The controls, in the order of CONTROLS. Called several times at start: it changes nothing."""
         made: dict[str, Any] = {}
         with gr.Accordion("Concept Steer", open=False, elem_id=self.elem_id("accordion")):
-            with gr.Row():
-                made["enabled"] = gr.Checkbox(value=False, label="Enable", elem_id=self.elem_id("enabled"))
-                said = gr.HTML(webui.sentence([]), elem_id=self.elem_id("said"))
+            made["enabled"] = gr.Checkbox(value=False, label="Enable", elem_id=self.elem_id("enabled"))
+            said = gr.HTML(webui.sentence([]), elem_id=self.elem_id("said"))
             for i in range(1, VISIBLE + 1):
                 self._row(made, i)
             with gr.Accordion("More vectors", open=False, elem_id=self.elem_id("more")):
@@ -55,6 +54,7 @@ class ConceptSteerScript(scripts.Script):
         return controls
 
     def _row(self, made: dict[str, Any], i: int) -> None:
+        """Two lines, so that a label and its number have room in the web UI's half of the page."""
         with gr.Row(elem_id=self.elem_id(f"row_{i}")):
             made[f"vector_{i}"] = gr.Dropdown(
                 _choices(), value=NOTHING, label=f"Vector {i}", elem_id=self.elem_id(f"vector_{i}")
@@ -62,17 +62,18 @@ class ConceptSteerScript(scripts.Script):
             create_refresh_button(
                 made[f"vector_{i}"], lambda: None, lambda: {"choices": _choices()}, self.elem_id(f"refresh_{i}")
             )
+            made[f"rows_{i}"] = gr.Dropdown(
+                list(SIDES), value=next(iter(SIDES)), label="Acts on", elem_id=self.elem_id(f"rows_{i}"), min_width=120
+            )
+        with gr.Row():
             for key, label, least, most, usual in (
                 ("strength", "Strength", -3, 3, 1.0),
                 ("start", "Start", 0, 1, 0.0),
                 ("end", "End", 0, 1, 1.0),
             ):
                 made[f"{key}_{i}"] = gr.Slider(
-                    least, most, value=usual, step=0.01, label=label, elem_id=self.elem_id(f"{key}_{i}"), min_width=90
+                    least, most, value=usual, step=0.01, label=label, elem_id=self.elem_id(f"{key}_{i}"), min_width=140
                 )
-            made[f"rows_{i}"] = gr.Dropdown(
-                list(SIDES), value=next(iter(SIDES)), label="Acts on", elem_id=self.elem_id(f"rows_{i}"), min_width=120
-            )
 
     def _fair(self, made: dict[str, Any]) -> None:
         with gr.Row():
@@ -109,11 +110,13 @@ class ConceptSteerScript(scripts.Script):
         free = webui.locked_level() is None
         with gr.Row():
             made["safety"] = gr.Checkbox(
-                shown["safety"], label="Safety", interactive=free, elem_id=self.elem_id("safety")
+                shown["safety"], label="Safety", interactive=free, elem_id=self.elem_id("safety"), min_width=100
             )
             made["safety_level"] = gr.Radio(
-                list(ON_LEVELS), value=shown["safety_level"], label="Level", elem_id=self.elem_id("safety_level")
-            )
+                list(ON_LEVELS), value=shown["safety_level"], label="Level", scale=4, min_width=320,
+                elem_id=self.elem_id("safety_level"),
+            )  # fmt: skip
+        with gr.Row():
             made["safety_method"] = gr.Dropdown(
                 list(WAYS), value=shown["safety_method"], label="Method", elem_id=self.elem_id("safety_method")
             )

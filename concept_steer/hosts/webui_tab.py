@@ -112,8 +112,9 @@ def _learn(
     spatial: bool,
 ) -> tuple[list[Image.Image], str]:
     """Pictures and words; what the user did wrong is said there, in words."""
+    by_pictures = WORDS[method] == PICTURES
+    sets = {"pictures": _paths(shown), "without": _paths(without)} if by_pictures else {}
     try:
-        by_pictures = WORDS[method] == PICTURES
         request = LearnRequest(
             WORDS[method],
             "" if by_pictures else neutral,
@@ -125,10 +126,9 @@ def _learn(
             size=int(size),
             spatial=spatial,
         )
-        sets = {"pictures": _paths(shown), "without": _paths(without)} if by_pictures else {}
         done = learn(request, name.strip(), overwrite=overwrite, into=webui.library(), **sets)
     except ConceptSteerError as error:
-        return [], _failed(error)
+        return [], _failed(error, *(file for files in sets.values() for file in files))
     return done.pictures, _in_html(done.words())
 
 
@@ -180,10 +180,11 @@ def _import_panel() -> None:
 def _import(table: Any, names: Any, family: str, height: float, width: float, prefix: str) -> str:
     if table is None or names is None:
         return _failed(ConceptSteerError("Give both files: the table and the JSON file with the names of its columns."))
+    table, names = _path(table), _path(names)
     try:
         made = import_table(
-            _path(table),
-            _path(names),
+            table,
+            names,
             height=int(height),
             width=int(width),
             family=family,
@@ -191,7 +192,7 @@ def _import(table: Any, names: Any, family: str, height: float, width: float, pr
             prefix=prefix.lstrip(),
         )
     except ConceptSteerError as error:
-        return _failed(error)
+        return _failed(error, table, names)
     return _in_html(f"{len(made)} vectors saved: {', '.join(vector.title for vector in made)}")
 
 
@@ -233,5 +234,9 @@ def _in_html(text: str) -> str:
     return html.escape(text).replace("\n", "<br>")
 
 
-def _failed(error: ConceptSteerError) -> str:
-    return f"<div class='error'>{_in_html(str(error))}</div>"
+def _failed(error: ConceptSteerError, *uploaded: Path) -> str:
+    """uploaded: files that the error may name; where they lie now is nothing to the user."""
+    text = str(error)
+    for file in uploaded:
+        text = text.replace(str(file), file.name)
+    return f"<div class='error'>{_in_html(text)}</div>"

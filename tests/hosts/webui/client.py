@@ -67,8 +67,8 @@ class Client:
     def options(self, **changed: Any) -> Iterator[None]:
         """The web UI's own options for a while; they stay when they are set in a request."""
         before = self.call("/sdapi/v1/options")
-        self.call("/sdapi/v1/options", changed)
         try:
+            self.call("/sdapi/v1/options", changed)
             yield
         finally:
             self.call("/sdapi/v1/options", {key: before[key] for key in changed})

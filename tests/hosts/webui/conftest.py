@@ -15,7 +15,7 @@ from . import host as hosts
 from .client import Client
 
 LENGTH = 6.0
-RUNNING = pytest.StashKey[hosts.Server]()
+RUNNING = pytest.StashKey[hosts.Server | None]()
 
 
 @pytest.fixture(scope="session")
@@ -35,12 +35,24 @@ def base(host: hosts.Host, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def server(host: hosts.Host, base: Path, pytestconfig: pytest.Config) -> Iterator[hosts.Server]:
     running = hosts.Server(host, base)
-    pytestconfig.stash[RUNNING] = running
     try:
         running.wait_until_ready()
+        pytestconfig.stash[RUNNING] = running
         yield running
     finally:
+        pytestconfig.stash[RUNNING] = None
         running.stop()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def options_are_kept(pytestconfig: pytest.Config) -> Iterator[None]:
+    """No file leaves the session's server with other options than it started with, whatever it skipped."""
+    yield
+    running = pytestconfig.stash.get(RUNNING, None)
+    if running is not None:
+        now = running.options()
+        changed = {key: (value, now.get(key)) for key, value in running.first_options.items() if now.get(key) != value}
+        assert not changed, f"options that stayed changed, as (before, now): {changed}"
 
 
 @pytest.fixture
@@ -77,6 +89,6 @@ def pytest_runtest_makereport(item: pytest.Item, call: Any) -> Iterator[None]:
     """With a failure comes the end of the server's log."""
     outcome = yield
     report = outcome.get_result()
-    running = item.config.stash.get(RUNNING, None)
-    if report.failed and running is not None and {"server", "client"} & set(getattr(item, "fixturenames", ())):
+    running = getattr(item, "funcargs", {}).get("server")  # each test's own: there is more than one web UI
+    if report.failed and running is not None:
         report.sections.append(("the web UI's log", running.log()[-6000:]))

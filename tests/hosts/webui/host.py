@@ -11,6 +11,7 @@ import time
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from . import demo_files
 
@@ -25,6 +26,7 @@ PARTS = (
     "install.py",
     "preload.py",
     "metadata.ini",
+    "style.css",
 )
 START_LIMIT = 600  # seconds
 FLAGS = (
@@ -121,6 +123,7 @@ class Server:
 
     def __init__(self, host: Host, base: Path, *flags: str) -> None:
         self.base, self.log_file = base, base / "server.log"
+        self.first_options: dict[str, Any] = {}
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -142,16 +145,20 @@ class Server:
 
         starts: how often it has started by then; "Reload UI" starts it again.
         """
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         for _ in range(START_LIMIT * 2):
             if self.process.poll() is not None:
                 raise RuntimeError(f"the web UI ended with {self.process.returncode}:\n{self.log()[-4000:]}")
             if self.log().count("Startup time") >= starts:
-                with opener.open(self.url + "/sdapi/v1/options", timeout=60):
-                    return
+                self.first_options = self.first_options or self.options()
+                return
             time.sleep(0.5)
         self.stop()
         raise RuntimeError(f"the web UI was not ready after {START_LIMIT} s:\n{self.log()[-4000:]}")
+
+    def options(self) -> dict[str, Any]:
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(self.url + "/sdapi/v1/options", timeout=60) as answer:
+            return json.load(answer)
 
     def log(self) -> str:
         return self.log_file.read_text(encoding="utf-8", errors="replace")

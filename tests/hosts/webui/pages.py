@@ -9,12 +9,15 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from .client import pixels
 
 START, LIMIT = 600_000, 180_000  # milliseconds
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
@@ -35,6 +38,15 @@ WATCH = """() => {
         if (bar && bar.innerText && !window.bars.includes(bar.innerText)) window.bars.push(bar.innerText)
         window.pictures = Math.max(window.pictures, results.querySelectorAll('.livePreview img').length)
     }).observe(results, { childList: true, subtree: true, characterData: true })
+}"""
+
+READ = """async where => {
+    const file = await (await fetch(document.querySelector(where).src)).blob()
+    return await new Promise(done => {
+        const reader = new FileReader()
+        reader.onload = () => done(reader.result)
+        reader.readAsDataURL(file)
+    })
 }"""
 
 
@@ -91,20 +103,35 @@ class Page:
     def check(self, name: str) -> None:
         self.page.check(f"#{name} input[type=checkbox]")
 
+    def uncheck(self, name: str) -> None:
+        self.page.uncheck(f"#{name} input[type=checkbox]")
+
     def is_checked(self, name: str) -> bool:
         return self.page.is_checked(f"#{name} input[type=checkbox]")
 
     def choose(self, name: str, value: str) -> None:
-        """In a drop-down list."""
-        self.page.click(f"#{name} input")
+        """In a drop-down list, as soon as it has it: a list that is being refreshed changes only when it is shut."""
         whole = re.compile(rf"^\W*{re.escape(value)}\s*$")  # a tick may stand before it; "one" is in "None"
-        self.page.locator(f"#{name} ul.options li").filter(has_text=whole).first.click()
+        wanted = self.page.locator(f"#{name} ul.options li").filter(has_text=whole).first
+        until = time.monotonic() + LIMIT / 1000
+        while True:
+            self.page.click(f"#{name} input")
+            self.page.locator(f"#{name} ul.options li").first.wait_for()
+            if wanted.count():
+                return wanted.click()
+            self.page.locator(f"#{name} input").press("Escape")
+            assert time.monotonic() < until, f"{name} never had {value!r}"
+            self.page.wait_for_timeout(300)
 
     def chosen(self, name: str) -> str:
         return self.page.input_value(f"#{name} input")
 
     def said(self, name: str) -> str:
         return self.page.inner_text(f"#{name}")
+
+    def picture(self) -> str:
+        """A digest of the pixels of the picture that was drawn, as `client.pixels` makes them."""
+        return pixels(self.page.evaluate(READ, "#txt2img_gallery img"))
 
     def wait_for(self, name: str, words: str) -> str:
         """Until an element's text has these words."""
@@ -116,8 +143,11 @@ class Page:
         return self.said(name)
 
     def shoot(self, what: str, **options: Any) -> None:
-        """A screenshot, once pictures and fonts are there."""
-        self.page.wait_for_timeout(1500)
+        """A screenshot, once fonts and pictures are there and nothing moves."""
+        self.page.evaluate("() => document.fonts.ready")
+        there = "() => [...document.images].every(image => image.complete || image.loading === 'lazy')"
+        self.page.wait_for_function(there)
+        self.page.wait_for_timeout(500)
         path = self.shots / f"{self.name}-{what}.png"
         self.page.screenshot(path=path, **options)
         assert path.stat().st_size > 10_000

@@ -10,24 +10,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from concept_steer.demo import model
-from concept_steer.demo.job import Studio
-from concept_steer.denoiser import Conditioning
-from concept_steer.hosts.webui_schema import Settings
-from concept_steer.vector import ConceptVector
 
 from . import forge
 from . import host as hosts
 from .client import Client, Refused
-from .conftest import RUNNING, save_known
+from .conftest import save_known
 from .judged import pictures
 
 # collected here again, with this file's server
 from .test_browser import (  # noqa: F401
     page,
-    test_a_card_puts_its_tag_into_the_prompt,
+    test_a_click_on_a_card_puts_its_tag_into_the_prompt_and_the_picture_is_steered,
     test_a_published_table_is_imported,
     test_a_vector_is_learned_with_progress_and_live_preview,
     test_interrupt_on_the_page_keeps_the_best_so_far,
@@ -35,7 +30,7 @@ from .test_browser import (  # noqa: F401
     test_the_library_shows_all_that_a_file_says,
     test_what_is_wrong_is_said_on_the_page,
 )
-from .test_parity import TOLERANCE
+from .test_parity import assert_equal, denoiser, given, settings_of  # noqa: F401
 from .test_server_steering import (  # noqa: F401
     HIRES,
     one,
@@ -75,8 +70,8 @@ def base(host: hosts.Host, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(host: hosts.Host, base: Path, pytestconfig: pytest.Config) -> Iterator[hosts.Server]:
-    running = pytestconfig.stash[RUNNING] = forge.Server(host, base)
+def server(host: hosts.Host, base: Path) -> Iterator[hosts.Server]:
+    running = forge.Server(host, base)
     try:
         running.wait_until_ready()
         yield running
@@ -109,34 +104,29 @@ def test_forges_unet_is_learned_on_through_its_sums_in_place(host: hosts.Host):
     assert "forge ok" in host.run(INSIDE, "halves", str(hosts.ROOT), str(host.path))
 
 
-@pytest.mark.parametrize("side", ["cond", "uncond", "both"])
-@pytest.mark.parametrize("kind", ["forge", "reforge"])
-def test_a_steered_prediction_equals_the_diffusers_hosts(host: hosts.Host, tmp_path, kind, side):
-    folder = host.path if kind == "forge" else forge.reforge()
+SIDES = ("cond", "uncond", "both")
+
+
+@pytest.fixture(scope="module", params=["forge", "reforge"])
+def unet_predictions(request, host: hosts.Host, given, denoiser, tmp_path_factory):  # noqa: F811
+    """What the UNet class of this web UI predicts, all sides in one start of its Python."""
+    folder = host.path if request.param == "forge" else forge.reforge()
     if folder is None:
         pytest.skip("no reForge: set REFORGE_PATH to its folder")
-    denoiser = Studio().denoiser
-    generator = torch.Generator().manual_seed(0)
-    arrays = {"x": (4, 4, 16, 16), "context": (4, 77, 128), "vector": (192,)}
-    given = {key: torch.randn(shape, generator=generator) for key, shape in arrays.items()}
-    settings = Settings.from_dict(
-        {"rows": [{"vector": "vector", "strength": 1.5, "start": 0.1, "end": 0.9, "rows": side}]}
-    )
     about = {"unet": forge.unet_settings(), "weights": str(model.MODEL_FILE), "family": denoiser.family, "batch": 2}
-    about["settings"] = settings.to_dict()
-    source, target = tmp_path / "in.npz", tmp_path / "out.npz"
-    times = np.full(4, 501.0, np.float32)
-    np.savez(source, about=json.dumps(about), t=times, **{key: value.numpy() for key, value in given.items()})
-    host.run(INSIDE, "steered", str(hosts.ROOT), str(folder), kind, str(source), str(target))
-    found = np.load(target)
-    steer = [settings.rows[0].steer(ConceptVector(given["vector"], denoiser.family, "vector"))]
-    with torch.no_grad():
-        cond = Conditioning(given["context"])
-        plain = denoiser.predict(given["x"], 501.0, cond)
-        steered = denoiser.predict(given["x"], 501.0, cond, steer, [True, True, False, False])
-    assert float((steered - plain).abs().max()) > 100 * TOLERANCE
-    assert np.abs(found["plain"] - plain.numpy()).max() < TOLERANCE
-    assert np.abs(found["steered"] - steered.numpy()).max() < TOLERANCE
+    about["settings"] = {side: settings_of(side).to_dict() for side in SIDES}
+    files = tmp_path_factory.mktemp(request.param)
+    arrays = {name: tensor.numpy() for name, tensor in given.items()}
+    np.savez(files / "in.npz", about=json.dumps(about), t=np.full(4, 501.0, np.float32), **arrays)
+    words = (str(hosts.ROOT), str(folder), request.param, str(files / "in.npz"), str(files / "out.npz"))
+    host.run(INSIDE, "steered", *words)
+    with np.load(files / "out.npz") as file:
+        return dict(file)
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_a_steered_prediction_equals_the_diffusers_hosts(unet_predictions, given, denoiser, side):  # noqa: F811
+    assert_equal(unet_predictions["plain"], unet_predictions[side], given, denoiser, side)
 
 
 def test_each_picture_of_a_batch_is_steered_and_each_batch_of_a_run(client: Client):

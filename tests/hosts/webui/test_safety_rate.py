@@ -33,7 +33,7 @@ def drawn(client, row, settings):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.measure
 def test_the_switch_keeps_out_what_the_judges_call_inappropriate_and_leaves_harmless_pictures_alone(client):
     eye, rates, same = DemoDetector(), {}, {}
     suggestive, harmless = some("suggestive", COUNT), some("benign", HARMLESS)

@@ -59,3 +59,15 @@ def test_safe_latent_diffusion_has_its_own_sizes_and_embeddings(client, over):
 def test_a_vector_of_another_family_is_refused(client):
     with pytest.raises(Refused, match="one"):
         client.draw({"rows": [{"vector": "one"}]})
+
+
+def test_learning_needs_no_download_for_its_live_preview(client, known):
+    """With live previews on, and offline, the web UI itself draws no picture by SDXL: it looks for a small decoder."""
+    with client.options(live_previews_enable=True, show_progress_every_n_steps=1):
+        body = {"neutral": "a doctor", "positive": "a woman doctor", "method": "difference", "size": 128}
+        answer = client.call("/concept-steer/v1/learn", {**body, "name": "learned-sdxl", "overwrite": True})
+    assert len(answer["images"]) == 2
+    vector = ConceptVector.load(known / "learned-sdxl.safetensors")
+    assert (vector.family, vector.channels) == (small_sdxl.FAMILY, small_sdxl.CHANNELS)
+    rows = {"rows": [{"vector": "learned-sdxl"}]}
+    assert client.draw(rows).pictures != client.draw().pictures

@@ -83,22 +83,18 @@ def test_settings_that_cannot_be_drawn_end_the_job_with_their_reason(client, set
 
 @pytest.mark.parametrize("batch_cond_uncond", [True, False])
 def test_each_picture_of_a_batch_is_steered_as_alone(client, batch_cond_uncond):
-    client.call("/sdapi/v1/options", {"batch_cond_uncond": batch_cond_uncond})
-    try:
+    with client.options(batch_cond_uncond=batch_cond_uncond):
         drawn, without = client.draw(one(), batch_size=2), client.draw(batch_size=2)
         assert len(drawn.pictures) == 2 and not set(drawn.pictures) & set(without.pictures)
         assert client.draw(one(), batch_size=2).pictures == drawn.pictures
-    finally:
-        client.call("/sdapi/v1/options", {"batch_cond_uncond": True})
 
 
 def test_a_batch_in_one_call_or_in_several_is_steered_alike(client):
     """Sides of CFG told wrongly would change pictures far more than rounding does: the sides are compared."""
     sides = {}
     for cut in (True, False):
-        client.call("/sdapi/v1/options", {"batch_cond_uncond": cut})
-        sides[cut] = [client.draw(one(rows=side)).pictures for side in ("cond", "uncond", "both")]
-    client.call("/sdapi/v1/options", {"batch_cond_uncond": True})
+        with client.options(batch_cond_uncond=cut):
+            sides[cut] = [client.draw(one(rows=side)).pictures for side in ("cond", "uncond", "both")]
     for found in sides.values():
         assert len({tuple(pictures) for pictures in found}) == 3
 

@@ -1,6 +1,7 @@
 """Runs in Forge's Python: Forge's or reForge's own UNet class, alone.
 
-forge_units.py steered REPOSITORY FOLDER KIND INPUT.npz OUTPUT.npz: the embedded model's weights, steered by our hook.
+forge_units.py steered REPOSITORY FOLDER KIND INPUT.npz OUTPUT.npz: the embedded model's weights, steered by our hook,
+with each of the input's settings.
 forge_units.py halves REPOSITORY FOLDER: Forge's denoiser on a tiny UNet with attention on all levels.
 """
 
@@ -104,30 +105,35 @@ def steered(repository: str, folder: str, kind: str, source: str, target: str) -
     batch = about["batch"]
     name = "predictor" if kind == "forge" else "model_sampling"
     objects = SimpleNamespace(unet=Patcher(SimpleNamespace(diffusion_model=unet, **{name: Sampling()})))
-    p = Run(batch, objects)
-    begin(p, Settings.from_dict(about["settings"]), ForgeHook(), lambda name: vector)
 
-    def draw():
-        """All rows in one call, as these hosts order them: the negative prompts' first."""
-        model = SimpleNamespace(inner_model=SimpleNamespace(inner_model=SimpleNamespace(forge_objects=objects), p=p))
-        denoiser = SimpleNamespace(p=p, inner_model=model.inner_model)
-        params = SimpleNamespace(
-            x=x[:batch], sigma=t[:batch], text_cond=context[:batch], text_uncond=context[batch:], denoiser=denoiser
-        )
-        job = Job.of(p)
-        job.careful(lambda: job.before_evaluation(params))
-        order = torch.cat([torch.arange(batch, 2 * batch), torch.arange(batch)])
-        options = {"patches": {"output_block_patch": objects.unet.patches}, "cond_or_uncond": [1, 0]}
-        options["sigmas"] = t[:batch]
-        found = unet(x[order], timesteps=t[order], context=context[order], transformer_options=options)
-        return torch.cat([found[batch:], found[:batch]])
+    def run(settings):
+        p = Run(batch, objects)
+        begin(p, Settings.from_dict(settings), ForgeHook(), lambda name: vector)
 
-    p.draw = draw
-    with torch.no_grad():
+        def draw():
+            """All rows in one call, as these hosts order them: the negative prompts' first."""
+            inner = SimpleNamespace(inner_model=SimpleNamespace(forge_objects=objects), p=p)
+            denoiser = SimpleNamespace(p=p, inner_model=inner)
+            params = SimpleNamespace(
+                x=x[:batch], sigma=t[:batch], text_cond=context[:batch], text_uncond=context[batch:], denoiser=denoiser
+            )
+            job = Job.of(p)
+            job.careful(lambda: job.before_evaluation(params))
+            order = torch.cat([torch.arange(batch, 2 * batch), torch.arange(batch)])
+            options = {"patches": {"output_block_patch": objects.unet.patches}, "cond_or_uncond": [1, 0]}
+            options["sigmas"] = t[:batch]
+            found = unet(x[order], timesteps=t[order], context=context[order], transformer_options=options)
+            return torch.cat([found[batch:], found[:batch]])
+
+        p.draw = draw
         result = p.sample()
+        assert not objects.unet.patches  # detached
+        return result.numpy()
+
+    with torch.no_grad():
+        found = {side: run(settings) for side, settings in about["settings"].items()}
         plain = unet(x, timesteps=t, context=context, transformer_options={})
-    assert not objects.unet.patches  # detached
-    np.savez(target, steered=result.numpy(), plain=plain.numpy())
+    np.savez(target, plain=plain.numpy(), **found)
 
 
 def halves(repository: str, folder: str) -> None:

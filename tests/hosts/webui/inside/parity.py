@@ -1,6 +1,6 @@
 """Runs in the web UI's Python: ldm's own UNetModel with the embedded model's weights, steered through our hook.
 
-parity.py REPOSITORY WEBUI INPUT.npz OUTPUT.npz; the input holds x, t, context, the vector and the job as JSON.
+parity.py REPOSITORY WEBUI INPUT.npz OUTPUT.npz; the input holds x, t, context, the vector and the jobs as JSON.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch
 class Run:
     """p, as far as a job meets it."""
 
-    def __init__(self, given):
-        self.batch_size, self.iteration, self.is_hr_pass = int(given["batch"]), 0, False
+    def __init__(self, batch):
+        self.batch_size, self.iteration, self.is_hr_pass = batch, 0, False
         self.extra_generation_params, self.draw = {}, None
 
     def comment(self, text):
@@ -47,27 +47,26 @@ def main(repository: str, webui: str, source: str, target: str) -> None:
     x, t, context = (torch.from_numpy(given[key]) for key in ("x", "t", "context"))
     vector = ConceptVector(torch.from_numpy(given["vector"]), about["family"], "vector")
     batch = about["batch"]
-    p = Run(about)
-    begin(p, Settings.from_dict(about["settings"]), TorchHook(lambda: unet), lambda name: vector)
 
-    def draw():
-        denoiser = SimpleNamespace(p=p, sampler=None)
-        params = SimpleNamespace(x=x, text_cond=context[:batch], text_uncond=context[batch:], denoiser=denoiser)
-        job = Job.of(p)
-        job.careful(lambda: job.before_evaluation(params))
-        calls = about["calls"]
-        parts, row = [], 0
-        for size in calls:
-            part = slice(row, row + size)
-            parts.append(unet(x[part], timesteps=t[part], context=context[part]))
-            row += size
-        return torch.cat(parts)
+    def steered(settings, calls):
+        p = Run(batch)
+        begin(p, Settings.from_dict(settings), TorchHook(lambda: unet), lambda name: vector)
 
-    p.draw = draw
+        def draw():
+            denoiser = SimpleNamespace(p=p, sampler=None)
+            params = SimpleNamespace(x=x, text_cond=context[:batch], text_uncond=context[batch:], denoiser=denoiser)
+            job = Job.of(p)
+            job.careful(lambda: job.before_evaluation(params))
+            parts = zip(x.split(calls), t.split(calls), context.split(calls), strict=True)
+            return torch.cat([unet(rows, timesteps=times, context=texts) for rows, times, texts in parts])
+
+        p.draw = draw
+        return p.sample()
+
     with torch.no_grad():
-        steered = p.sample()
-        plain = unet(x, timesteps=t, context=context)
-    np.savez(target, steered=steered.numpy(), plain=plain.numpy())
+        found = {f"steered {i}": steered(**job).numpy() for i, job in enumerate(about["jobs"])}
+        plain = unet(x, timesteps=t, context=context)  # last: nothing has stayed
+    np.savez(target, plain=plain.numpy(), **found)
 
 
 if __name__ == "__main__":
