@@ -272,16 +272,11 @@ def times_of_rows(t: Time, rows: int) -> list[float]:
 
 
 def steer_rows(
-    h: Tensor,
-    steers: Steers,
-    t: Time,
-    is_cond: Sequence[bool] | None = None,
-    pictures: Sequence[int] | None = None,
+    h: Tensor, steers: Steers, t: Time, is_cond: Sequence[bool] | None = None, pictures: Sequence[int] | None = None
 ) -> Tensor:
     """`steering.apply` for rows that may differ in steers and timestep; `h` itself when nothing acts.
 
-    h: (B, C, H, W). is_cond None: every row is a text row. Rows with the same steers and time are handled together.
-    pictures: the number of each row's picture, as in `apply`.
+    h: (B, C, H, W). is_cond None: every row is a text row. pictures: as in `apply`.
     """
     rows = h.shape[0]
     conds = [True] * rows if is_cond is None else [bool(c) for c in is_cond]

@@ -1,10 +1,18 @@
-// The web UI's own progress bar and live preview, for the tab's button "Learn". Nothing on the page is cleared here:
+// The web UI's own progress bar and live preview, for the tab's buttons. Nothing on the page is cleared here:
 // gradio would no longer find the elements it writes the results into.
-function conceptSteerLearn() {
+function conceptSteerWork(gallery, given) {
     const id = randomId();
-    const gallery = gradioApp().getElementById("concept_steer_gallery");
-    requestProgress(id, gallery, gallery, () => {}, () => {});
-    const given = Array.from(arguments);
-    given[0] = id;
-    return given;
+    const place = gradioApp().getElementById(gallery);
+    requestProgress(id, place, place, () => {}, () => {});
+    const values = Array.from(given);
+    values[0] = id;
+    return values;
+}
+
+function conceptSteerLearn() {
+    return conceptSteerWork("concept_steer_gallery", arguments);
+}
+
+function conceptSteerAudit() {
+    return conceptSteerWork("concept_steer_audit_gallery", arguments);
 }

@@ -10,7 +10,20 @@ except ImportError as error:
         "Your other nodes are not affected."
     ) from error
 
-from . import analyse, audit, demo, discover, fair, learn, safe_latent_diffusion, safety, steer, strip, vectors
+from . import (
+    analyse,
+    analyse_defaults,
+    audit,
+    demo,
+    discover,
+    fair,
+    learn,
+    safe_latent_diffusion,
+    safety,
+    steer,
+    strip,
+    vectors,
+)
 from .common import register_folder
 
 
@@ -30,6 +43,7 @@ class ConceptSteerExtension(ComfyExtension):
             *safe_latent_diffusion.NODES,
             *safety.NODES,
             *audit.NODES,
+            *analyse_defaults.NODES,
             *analyse.NODES,
         ]
 

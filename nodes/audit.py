@@ -10,8 +10,8 @@ import comfy.model_management
 import folder_paths
 from comfy_api.latest import io, ui
 
-from ..concept_steer.analysis.audit import AuditSettings, audit
-from ..concept_steer.analysis.audit_files import write_audit
+from ..concept_steer.analysis.audit import AuditSettings, audit, percent
+from ..concept_steer.analysis.audit_files import fresh_folder, write_audit
 from ..concept_steer.analysis.audit_page import summary_picture
 from ..concept_steer.analysis.word_list import from_lines
 from ..concept_steer.demo.auditing import DemoJudge, usual_words
@@ -19,13 +19,6 @@ from .common import denoiser_of, schema, to_image_tensor
 from .learn import SIZE
 from .watch import Watch
 
-STAGES = {
-    "defaults": (0, 45),
-    "associations": (45, 60),
-    "pictures": (60, 80),
-    "learning": (80, 92),
-    "reading": (92, 99),
-}
 FOLDER = "concept_steer_audit"
 ROLES = io.String.Input(
     "roles", multiline=True, default="", tooltip="One a line, without article. Empty: the usual list (WinoBias)."
@@ -46,8 +39,7 @@ class Progress(Watch):
     """A node's bar; Interrupt ends reading, and nothing is kept."""
 
     def told(self, what: str, done: int, total: int) -> None:
-        low, high = STAGES.get(what.split()[0], (0, 99))
-        self.at(low + (high - low) * done / max(1, total))
+        self.at(percent(what, done, total))
 
 
 class AuditCheckpoint(io.ComfyNode):
@@ -125,24 +117,12 @@ class AuditCheckpoint(io.ComfyNode):
             )
         except KeyboardInterrupt:
             raise comfy.model_management.InterruptProcessingException from None
-        folder = _fresh(Path(folder_paths.get_output_directory()) / FOLDER)
+        folder = fresh_folder(Path(folder_paths.get_output_directory()) / FOLDER)
         page = write_audit(found, folder)[-1]
         picture = summary_picture(found)
         watch.last(picture)
         shown = to_image_tensor([picture])
         return io.NodeOutput(shown, found.summary(), str(page), ui=ui.PreviewImage(shown, cls=cls))
-
-
-def _fresh(folder: Path) -> Path:
-    """A numbered folder that nothing has been written to."""
-    number = 1
-    while True:
-        one = folder / f"{number:03d}"
-        try:
-            one.mkdir(parents=True)
-            return one
-        except FileExistsError:
-            number += 1
 
 
 NODES = [AuditCheckpoint]

@@ -27,7 +27,7 @@ from ..steering import Steer
 from .associations import Associations, associations
 from .audit_result import Audit, AuditSettings, Finding, Fix, Judge
 from .defaults import Default, Estimate, compare, defaults
-from .maps import Cluster, clusters, principal_map, umap_map
+from .maps import Cluster, check_method, clusters, principal_map, umap_map
 from .reading import Reader
 from .word_list import WordList, name_of
 
@@ -35,6 +35,19 @@ FIX_ROLES = 8  # that the vectors are learned on; the gate is judged on a third 
 FEWEST_MAPPED = 4  # roles that make a map and clusters worth looking at
 PICTURE_SEED = 70_000
 Progress = Callable[[str, int, int], None]  # what is being done, done, total
+STAGES = {  # first word of what is being done -> percent of the whole at its beginning and end
+    "defaults": (0, 45),
+    "associations": (45, 60),
+    "pictures": (60, 80),
+    "learning": (80, 92),
+    "reading": (92, 99),
+}
+
+
+def percent(what: str, done: int, total: int) -> float:
+    """Of the whole audit, from what its progress tells."""
+    low, high = STAGES.get(what.split()[0], (0, 99))
+    return low + (high - low) * done / max(1, total)
 
 
 def readers(
@@ -84,6 +97,7 @@ def audit(
     Errors: SettingError (words), ConceptSteerError (model, cache).
     """
     settings = settings or AuditSettings()
+    check_method(settings.map_method)
     told = progress or (lambda what, done, total: None)
     cost, began = denoiser.cost.snapshot(), time.perf_counter()
     reader, space = readers(denoiser, words, settings, cache, batch, stop)

@@ -6,6 +6,7 @@ import io
 import json
 from pathlib import Path
 
+from ..errors import ConceptSteerError
 from ..library import ATTRIBUTE_SUFFIX
 from ..vector_file import write_atomic
 from .audit import Audit
@@ -26,3 +27,17 @@ def write_audit(audit: Audit, folder: Path) -> list[Path]:
     written.append(write_atomic(folder / "audit.json", data, overwrite=True))
     written.append(write_atomic(folder / "index.html", page(audit).encode(), overwrite=True))
     return written
+
+
+def fresh_folder(folder: Path) -> Path:
+    """A numbered folder inside, that nothing has been written to. Errors: ConceptSteerError."""
+    number = 1
+    while True:
+        one = folder / f"{number:03d}"
+        try:
+            one.mkdir(parents=True)
+            return one
+        except FileExistsError:
+            number += 1
+        except OSError as error:
+            raise ConceptSteerError(f"{one} cannot be made ({error.strerror or error}): make room for it.") from None

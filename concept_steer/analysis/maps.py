@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from ..errors import ConceptSteerError, SettingError
 
+METHODS = ("pca", "umap")
 MOST = 12  # clusters that are tried when nobody says how many
 STARTS = 8
 
@@ -44,17 +46,24 @@ def principal_map(points: Tensor) -> tuple[Tensor, list[float]]:
     return found * torch.where(top < 0, -1.0, 1.0), share
 
 
-def umap_map(points: Tensor, *, neighbours: int = 10, seed: int = 0) -> Tensor:
-    """(N, 2) by UMAP (McInnes et al. 2018) on cosines; an extra. Errors: ConceptSteerError when it is not installed."""
-    try:
-        import umap
-    except ImportError:
+def check_method(method: str) -> None:
+    """Before any work: whether a map can be made so. Errors: ConceptSteerError where umap-learn is not installed."""
+    if method not in METHODS:
+        raise SettingError(f"There is no method {method!r} of making a map; known are {' and '.join(METHODS)}.")
+    if method == "umap" and find_spec("umap") is None:
         raise ConceptSteerError(
             "A UMAP map needs umap-learn: run pip install 'concept-steer[umap]', or use the method pca."
-        ) from None
+        )
+
+
+def umap_map(points: Tensor, *, neighbours: int = 10, seed: int = 0) -> Tensor:
+    """(N, 2) by UMAP (McInnes et al. 2018) on cosines; an extra. Errors: ConceptSteerError when it is not installed."""
+    check_method("umap")
+    import umap
+
     few = min(neighbours, len(points) - 1)
-    found = umap.UMAP(n_neighbors=few, metric="cosine", random_state=seed).fit_transform(points.double().numpy())
-    return torch.as_tensor(found, dtype=torch.float64)
+    work = umap.UMAP(n_neighbors=few, metric="cosine", random_state=seed, n_jobs=1)  # a seed allows one job only
+    return torch.as_tensor(work.fit_transform(points.double().numpy()), dtype=torch.float64)
 
 
 def cluster_labels(points: Tensor, count: int = 0, *, seed: int = 0) -> Tensor:

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from ..denoiser import Denoiser
-from ..errors import LearnError, SettingError
+from ..errors import LearnError
 from ..learn.readings import readings
 from ..learn.result import encode, rows
 from ..vector import ConceptVector
-from .reading import Reader
 
 # Ordinary words about pictures; {} is the neutral prompt. People, moods, looks, places, light, styles.
 WORDS = (
@@ -118,26 +117,6 @@ def prompt_directions(
     }
 
 
-def context_directions(
-    reader: Reader,
-    contexts: Mapping[str, Sequence[tuple[str, str]]],
-    progress: Callable[[int, int], None] | None = None,
-) -> dict[str, ConceptVector]:
-    """Name -> vector (C,): mean of h(prompt) - h(plain) over the name's pairs (see `word_list.in_contexts`).
-
-    A direction taken in several contexts names vectors better than one from a single prompt: 11 of 18 against 8.
-    Errors: SettingError unless the reader's space is "mean" at one moment.
-    """
-    if reader.settings.space != "mean" or len(reader.settings.moments) != 1:
-        raise SettingError("Directions are named in the space 'mean', at a single moment.")
-    h = reader.read([prompt for pairs in contexts.values() for pair in pairs for prompt in pair], progress)
-    family = reader.denoiser.family
-    return {
-        name: ConceptVector(torch.stack([(h[high] - h[low]).mean(0) for high, low in pairs]).mean(0), family, name)
-        for name, pairs in contexts.items()
-    }
-
-
 def _read(h: Tensor, spatial: bool) -> Tensor:
     return h.float() if spatial else h.float().mean((2, 3))
 
@@ -148,27 +127,25 @@ def nearest(
     count: int = 3,
     *,
     centred: bool = True,
-    signed: bool = False,
 ) -> list[tuple[str, float]]:
     """The `count` names of largest cosine in size, largest first; a negative one says that the opposite is meant.
-
-    signed: for a vector whose sign has a meaning, as a learned one's: largest cosine first, opposites last.
 
     Maps and per-timestep vectors are averaged to (C,) first. centred: the mean of the table is taken away, which all
     prompts share (whatever differs from the neutral prompt), so that names are told apart.
     """
     if not table:
         return []
-    rows_of = torch.stack([_pooled(vector) for vector in table.values()])
+    rows_of = torch.stack([pooled(vector) for vector in table.values()])
     if centred and len(table) > 2:
         rows_of = rows_of - rows_of.mean(0)
-    own = _pooled(direction)
+    own = pooled(direction)
     sizes = (rows_of.norm(dim=1) * own.norm()).clamp_min(1e-30)
     found = zip(table, ((rows_of @ own) / sizes).clamp(-1, 1).tolist(), strict=True)
-    return sorted(found, key=lambda pair: -pair[1] if signed else -abs(pair[1]))[:count]
+    return sorted(found, key=lambda pair: -abs(pair[1]))[:count]
 
 
-def _pooled(vector: ConceptVector) -> Tensor:
+def pooled(vector: ConceptVector) -> Tensor:
+    """(C,), fp64: the mean over positions and timesteps."""
     tensor = vector.tensor.double()
     tensor = tensor.mean(0) if vector.per_timestep else tensor
     return tensor.mean((1, 2)) if vector.spatial else tensor

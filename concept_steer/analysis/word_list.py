@@ -23,12 +23,12 @@ from typing import Any
 
 from ..errors import ConceptSteerError, SettingError
 from ..fairness.templates import checked_template, fill, phrase_of
-from ..learn.concept_file import parsed_file
+from ..learn.concept_file import parsed_file, parsed_text
 from ..learn.request import lines_of
 
 FILE = Path(__file__).with_name("words.json")
 KEYS = ("neutral", "context", "roles", "attributes", "words")
-CONTEXTS = 5  # prompts that a word's direction is the mean of
+CONTEXTS = 24  # prompts that a word's direction is the mean of; fewer tell near words apart less well
 NOUNS = ("woman", "man", "girl", "boy", "child")  # they stand in the place of "person"
 Templates = tuple[str, ...]
 
@@ -93,23 +93,32 @@ class WordList:
 def in_contexts(words: WordList, given: Sequence[str] = ()) -> dict[str, list[tuple[str, str]]]:
     """Name -> pairs (prompt with the word, the same without), in some roles, so that a direction is the word's own.
 
-    given: words to use instead of the list's; one without {} is a prompt of its own, against the neutral one.
+    given: words to use instead of the list's. "a sad person" is read as "a sad cook" too; one with neither {} nor the
+    neutral noun is a prompt of its own, against the neutral one.
     """
     every = max(1, len(words.roles) // (CONTEXTS - 1))
-    plain = [words.neutral, *(words.prompt(role) for role in words.roles[::every][: CONTEXTS - 1])]
+    some = words.roles[::every][: CONTEXTS - 1]
+    nouns = [words.neutral.removeprefix("a ").removeprefix("an "), *some]
+    plain = [words.neutral, *map(words.prompt, some)]
     found: dict[str, list[tuple[str, str]]] = {}
     if not given:
-        nouns = [words.neutral.removeprefix("a ").removeprefix("an "), *words.roles[::every][: CONTEXTS - 1]]
         for attribute, values in words.attributes.items():
             for value in values:
                 named = [words.named(noun, attribute, value)[0] for noun in nouns]
                 found[value] = list(zip(named, plain, strict=True))
     for word in given or chain(*words.words.values()):
-        around = plain if "{}" in word else [words.neutral]
-        pairs = [(word.replace("{}", one), one) for one in around]
+        pairs = list(zip(_everywhere(word, nouns, plain), plain, strict=False))
         if all(prompt != one for prompt, one in pairs):
             found[name_of(word)] = pairs
     return found
+
+
+def _everywhere(word: str, nouns: Sequence[str], plain: Sequence[str]) -> list[str]:
+    """A word in every prompt: {} stands for the prompt, the first noun for any; without either it is just itself."""
+    if "{}" in word:
+        return [word.replace("{}", one) for one in plain]
+    apart = re.split(rf"\b{re.escape(nouns[0])}\b", word, maxsplit=1)
+    return [noun.join(apart) for noun in nouns] if len(apart) == 2 else [word]
 
 
 def name_of(word: str) -> str:
@@ -132,6 +141,11 @@ def shipped() -> WordList:
 def read_words(path: Path | str) -> WordList:
     """A .yaml, .yml or .json file. Errors: ConceptSteerError, which names the file and what is wrong with it."""
     return parsed(parsed_file(Path(path).expanduser()), str(path))
+
+
+def typed_words(text: str) -> WordList:
+    """What a person typed as YAML or JSON, with all that a file has. Errors: ConceptSteerError."""
+    return parsed(parsed_text(text, "The list of words", text.lstrip().startswith("{")), "The list of words")
 
 
 def from_lines(usual: WordList, roles: str, attributes: str, words: str) -> WordList:

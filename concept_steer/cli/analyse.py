@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from .analyse_parts import begin, captions_of, finish, prompts_of, read, read_folder, reader_of, words_of
 from .audit import MAPS
@@ -12,10 +11,8 @@ from .help import Commands, command, positive
 from .models import add_model_options, bar, load_checkpoint, load_vector, vector_spec
 from .output import ready_folder
 
-if TYPE_CHECKING:
-    pass
-
 SPACES = ("mean", "map", "prediction")  # as analysis.reading.SPACES, which would need torch to look up
+SEEDS, NAMING_SEEDS = 8, 4  # as analysis.names.SEEDS: with its many contexts, more seeds name no better
 PICTURE_MOMENT = 0.5  # of reading pictures: enough of the picture is left, and enough noise to compare
 
 
@@ -31,13 +28,15 @@ def add(commands: Commands, common: argparse.ArgumentParser) -> None:
     for name, run, text in ANALYSES:
         one = command(below, common, name, run, help=text, description=text[0].upper() + text[1:] + ".")
         OPTIONS[name](one)
-        _add_common(one)
+        _add_common(one, NAMING_SEEDS if name == "name" else SEEDS)
 
 
-def _add_common(parser: argparse.ArgumentParser) -> None:
+def _add_common(parser: argparse.ArgumentParser, seeds: int) -> None:
     parser.add_argument("--words", type=Path, metavar="FILE", help="a list of words as `concept-steer audit` takes")
     parser.add_argument("--neutral", default="", help="what prompts are compared with (default: the list's)")
-    parser.add_argument("--seeds", type=positive, default=8, help="noises that each prompt is read from (default: 8)")
+    parser.add_argument(
+        "--seeds", type=positive, default=seeds, help=f"noises that each prompt is read from (default: {seeds})"
+    )
     parser.add_argument("--moment", type=float, help="share of sampling at which h is read (default: 0, pure noise)")
     parser.add_argument("--space", choices=SPACES, help="what is read (default: mean, h over its positions)")
     parser.add_argument("--cache", type=Path, metavar="DIR", help="keep readings there, for the next time")
@@ -176,10 +175,11 @@ def _map(args: argparse.Namespace) -> int:
 
     from ..analysis.charts import map_picture
     from ..analysis.html import document, map_section
-    from ..analysis.maps import clusters, principal_map, umap_map
+    from ..analysis.maps import check_method, clusters, principal_map, umap_map
     from ..pictures import picture_files
     from ..vector_file import write_atomic
 
+    check_method(args.method)
     denoiser, words = begin(args)
     rows, table = prompts_of(args, words), words_of(args, words)
     if args.captions:
@@ -212,7 +212,7 @@ def _map(args: argparse.Namespace) -> int:
 
 
 def _name(args: argparse.Namespace) -> int:
-    from ..analysis.naming import context_directions, nearest
+    from ..analysis.names import read_names
     from ..analysis.word_list import in_contexts
     from ..family import check
     from ..plots import card
@@ -223,16 +223,16 @@ def _name(args: argparse.Namespace) -> int:
     if args.captions:
         contexts |= {name: [(text, words.neutral)] for name, text in captions_of(args.captions).items()}
     with bar("reading") as progress:
-        known = context_directions(reader_of(denoiser, words, args), contexts, progress.at)
+        known = read_names(reader_of(denoiser, words, args), contexts, progress.at)
     lines, rows, told = [], [], []
     for vector in vectors:
         check(vector.family, vector.channels, denoiser.family, denoiser.channels, source=f"The vector {vector.name!r}")
-        found = nearest(vector, known, args.count, centred=False, signed=True)
+        found = known.nearest(vector, args.count)
         text = ", ".join(f"{name} {value:+.2f}" for name, value in found)
         lines.append(f"{vector.name}: {text}")
         rows.append((vector.name, text))
         told.append({"vector": vector.name, "fingerprint": vector.fingerprint, "names": [list(pair) for pair in found]})
-    return finish(args, "names", lines, told, card("Nearest words (cosine)", rows))
+    return finish(args, "names", lines, told, card("Nearest words (likeness)", rows))
 
 
 ANALYSES = (

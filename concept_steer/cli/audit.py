@@ -69,12 +69,14 @@ def add(commands: Commands, common: argparse.ArgumentParser) -> None:
 def _audit(args: argparse.Namespace) -> int:
     from ..analysis.audit import fill_cache, readers
     from ..analysis.audit_files import write_audit
+    from ..analysis.maps import check_method
 
     if args.print_words:
         family = "demo" if args.checkpoint == "demo" else ""
         print(json.dumps(words_for(args.words, family).as_dict(), indent=1, ensure_ascii=False))
         return 0
     words, settings = read_given(args.words), _settings(args)
+    check_method(settings.map_method)
     out = ready_folder(args.out)
     cache = ready_folder(args.cache or out / "readings")
     with process_place(args.device) as place, interruptible() as asked:

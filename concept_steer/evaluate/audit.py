@@ -20,6 +20,7 @@ from ..demo.job import Studio
 from ..demo.words import NEUTRAL
 from ..fairness import Attribute
 from . import audit_checks as checks
+from .audit_clusters import cluster_choices, clusters_recovered
 from .audit_drawing import DRAWING, DTYPE, Observed, draw_blocks, drawing_studio, from_fairness, observed, role_prompts
 from .audit_reading import Leans, h_leans, text_leans
 from .parts import Parts
@@ -57,6 +58,7 @@ class Found:
     scene_pictures: dict[str, Observed] = field(default_factory=dict)
     named: list[dict[str, Any]] = field(default_factory=list)
     clusters: dict[str, float] = field(default_factory=dict)
+    cluster_choices: dict[str, dict[str, float]] = field(default_factory=dict)
     placed: dict[str, Any] = field(default_factory=dict)
     speed: dict[int, dict[str, Any]] = field(default_factory=dict)  # by seeds
     steering: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
@@ -152,8 +154,9 @@ def _checks(
     say("scenes, names, clusters")
     found.scenes = parts.get("scenes", lambda: checks.scene_leans(model, H))
     files = sorted(str(file) for file in vectors)
-    found.named = parts.get("named", lambda: {"all": checks.named_right(model, vectors, H)}, files=files)["all"]
-    found.clusters = parts.get("clusters", lambda: checks.clusters_recovered(model, H))
+    found.named = parts.get("names", lambda: {"all": checks.named_right(model, vectors, H)}, files=files)["all"]
+    found.clusters = parts.get("clusters", lambda: clusters_recovered(model, H))
+    found.cluster_choices = parts.get("cluster-choices", lambda: cluster_choices(model, H))
     for name, file in attributes.items():
         say(f"steering: {name}")
         found.steering[name] = parts.get(
@@ -170,9 +173,9 @@ def _checks(
     found.cost["generate_and_judge"] = parts.get("cost-drawing", lambda: _drawing_cost())
     if prompts:
         say(f"{prompts} prompts in one run")
-        for seeds, count in ((4, prompts), (16, max(40, prompts // 25))):
+        for seeds, count in ((4, prompts), (8, max(40, prompts // 10)), (16, max(40, prompts // 10))):
             found.speed[seeds] = parts.get(
-                "speed" if seeds == 4 else f"speed-{seeds}",
+                f"reading-speed-{seeds}",
                 lambda s=seeds, n=count: checks.throughput(model, folder / f"readings-{s}", n, s),  # type: ignore[misc]
                 prompts=count,
             )

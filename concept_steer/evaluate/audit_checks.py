@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from ..analysis.audit import AuditSettings, with_values
+from ..analysis.audit_files import fresh_folder
 from ..analysis.defaults import defaults
-from ..analysis.maps import cluster_labels
-from ..analysis.naming import context_directions, nearest
-from ..analysis.reading import Reader, ReadSettings
+from ..analysis.names import read_names
+from ..analysis.reading import TEXTS, Reader, ReadSettings
 from ..analysis.word_list import WordList, in_contexts, parsed
 from ..demo import world
 from ..demo.build_data import article
@@ -26,12 +26,15 @@ from ..demo.words import NEUTRAL
 from ..denoiser import Denoiser
 from ..fairness import Attribute
 from ..sampling import noise
-from ..statistics import adjusted_rand
 from ..vector import ConceptVector
 from .fairness_drawing import read_block
 
+TAUGHT = (  # roles that vectors are learned on, and those that are words themselves: no contexts of the names
+    "doctor", "detective", "scientist", "villain", "nurse", "teacher", "receptionist", "firefighter", "pilot",
+    "programmer", "person", "sad person", "angry person", "bald person", "astronaut",
+)  # fmt: skip
 NAMED = {  # words that vectors are named with: those of this project's learned vectors, and some besides
-    "roles": ["nurse", "wizard", "cook", "farmer"],
+    "roles": [role for role in world.ROLE_NAMES if role not in TAUGHT],
     "attributes": {
         "gender": {gender: f"a {gender} {{}}" for gender in world.GENDERS},
         "tone": {tone: f"a {{}} with {tone} skin" for tone in world.TONES},
@@ -61,8 +64,7 @@ def named_right(denoiser: Denoiser, files: Sequence[Path], settings: ReadSetting
     """For every vector file whose title is one of the words of NAMED: the names it is given, and whether the first is
     its own."""
     reader = Reader(denoiser, replace(settings, space="mean", neutral=NEUTRAL))
-    table = context_directions(reader, in_contexts(parsed(NAMED, "names")))
-    names_of = {meant(name): vector for name, vector in table.items()}
+    names = read_names(reader, {meant(name): pairs for name, pairs in in_contexts(parsed(NAMED, "names")).items()})
     found: list[dict[str, Any]] = []
     for file in files:
         if file.name.endswith(".attribute.safetensors"):
@@ -72,31 +74,16 @@ def named_right(denoiser: Denoiser, files: Sequence[Path], settings: ReadSetting
             vector = ConceptVector.load(file)
             vectors = {meant(vector.title): vector}
         for wanted, vector in vectors.items():
-            if wanted in names_of:
-                names = nearest(vector, names_of, 3, centred=False, signed=True)
-                found.append({"file": file.name, "meant": wanted, "names": names, "right": names[0][0] == wanted})
+            if wanted in names.words:
+                given = names.nearest(vector)
+                told = {"file": file.name, "method": vector.info.get("method", "")}
+                found.append({**told, "meant": wanted, "names": given, "right": given[0][0] == wanted})
     return found
 
 
 def meant(title: str) -> str:
     """A title in the words of NAMED: "dark" of "dark skin", "woman" of "a woman"."""
     return re.sub(r"^(an? )?(person with )?| skin$", "", title.strip().lower())
-
-
-def clusters_recovered(denoiser: Denoiser, settings: ReadSettings) -> dict[str, float]:
-    """Adjusted Rand index of clusters with the data card's kinds: roles, faces, harmless and inappropriate things."""
-    kinds: dict[str, str] = {article(role): "role" for role in world.ROLE_NAMES}
-    kinds |= {article(f"{face} face"): "face" for face in world.FACES}
-    kinds |= {article(item): "thing" for item in world.OBJECTS}
-    three = dict(kinds)
-    kinds |= {article(item): "inappropriate" for item in world.INAPPROPRIATE_CODE}
-    h = Reader(denoiser, settings).read(list(kinds))
-    found = {}
-    for name, wanted in (("roles_faces_things", three), ("with_inappropriate", kinds)):
-        points = torch.stack([h[prompt].mean(0) for prompt in wanted])
-        labels = cluster_labels(points - points.mean(0), len(set(wanted.values())))
-        found[name] = adjusted_rand(labels.tolist(), list(wanted.values()))
-    return found
 
 
 def many_prompts(count: int) -> list[str]:
@@ -115,18 +102,19 @@ def many_prompts(count: int) -> list[str]:
 
 
 def throughput(denoiser: Denoiser, cache: Path, prompts: int, seeds: int = 4, rounds: int = 5) -> dict[str, Any]:
-    """Rows a second of reading `prompts` prompts into a cache, against the bare encoder half on the same rows.
+    """Rows a second of reading `prompts` prompts into a new cache, against the bare encoder half on the same rows.
 
-    Processor time of this process, since other work shares the machine; measured in turns of the two. memory: growth
-    of the peak resident memory, in MB, from the first tenth of the prompts to all of them.
+    Processor time of this process, since other work shares the machine; measured in turns of the two. text_rows: what
+    encoding a prompt costs, in rows of the encoder half: seeds / (seeds + text_rows) is the most that can be reached.
+    memory: growth of the peak resident memory, in MB, from the first tenth of the prompts to all of them.
     """
-    reader = Reader(denoiser, ReadSettings(seeds=seeds), cache, batch=32)
+    reader = Reader(denoiser, ReadSettings(seeds=seeds), fresh_folder(cache), batch=32)
     texts = many_prompts(prompts)
     cond = denoiser.encode_text(texts[:4])
     rows = torch.arange(4).repeat_interleave(8)
     x = torch.stack([noise(i, denoiser.latent_shape) for i in range(32)]).to(denoiser.dtype)
     part = len(texts) // (2 * rounds)
-    ratios, peaks, read_seconds = [], [], 0.0
+    ratios, text_rows, peaks, read_seconds = [], [], [], 0.0
 
     def read(first: int, last: int) -> float:
         began = time.process_time()
@@ -141,18 +129,26 @@ def throughput(denoiser: Denoiser, cache: Path, prompts: int, seeds: int = 4, ro
                 denoiser.to_h(x, 999.0, cond[rows])
         return (time.process_time() - began) / (32 * repeats)
 
+    def encoded(some: Sequence[str]) -> float:
+        began = time.process_time()
+        denoiser.encode_text(some)
+        return (time.process_time() - began) / len(some)
+
     _ = reader.key  # the checkpoint's hash: once a run, whatever its length
     read(0, 8), bare(2)
     for turn in range(2 * rounds):
         first, last = turn * part, (turn + 1) * part if turn < 2 * rounds - 1 else len(texts)
         own = read(first, last)
         read_seconds += own * seeds * (last - first)
-        ratios.append(bare(max(2, part * seeds // 128)) / own)
+        row = bare(max(2, part * seeds // 128))
+        ratios.append(row / own)
+        text_rows.append(encoded(texts[first : first + TEXTS]) / row)
         peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
     return {
         "ratio": statistics.median(ratios),
         "low": min(ratios),
         "high": max(ratios),
+        "text_rows": statistics.median(text_rows),
         "prompts": len(texts),
         "rows_per_second": seeds * len(texts) / read_seconds,
         "memory": peaks[-1] - peaks[0],

@@ -174,8 +174,7 @@ class SafetyRun:
         Where only some pictures are guided, the further conditionings have a call of their own: the others' batch, and
         so their bits, are as they would be without.
         """
-        first: list[Tensor] = []
-        rows = torch.ones(x.shape[0], dtype=torch.bool)
+        first, rows = [], torch.ones(x.shape[0], dtype=torch.bool)
         if self.opened is not None:
             first = list(call(conds))
             rows = torch.tensor(list(self.opened(x.shape[0])))

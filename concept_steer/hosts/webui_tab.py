@@ -1,4 +1,4 @@
-"""The web UI's tab "Concept Steer": learn vectors, look at those one has, import published tables."""
+"""The web UI's tab "Concept Steer": learn vectors, audit the checkpoint, look at one's vectors, import tables."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from ..importer import import_table
 from ..learn.request import METHODS, MOST_EXAMPLES, MOST_PIXELS, MOST_STEPS, PICTURES, LearnRequest
 from ..vector import ConceptVector
 from . import webui
+from .webui_audit import EXTENTS, audit_loaded, usual_text
 from .webui_learning import learn
 
 USUAL = LearnRequest()
@@ -33,6 +34,8 @@ def build() -> list[tuple[Any, str, str]]:
     with gr.Blocks(analytics_enabled=False) as tab, gr.Tabs(elem_id="concept_steer_tabs"):
         with gr.TabItem("Learn", elem_id="concept_steer_tab_learn"):
             _learn_panel()
+        with gr.TabItem("Audit", elem_id="concept_steer_tab_audit"):
+            _audit_panel()
         with gr.TabItem("Library", elem_id="concept_steer_tab_library"):
             _library_panel()
         with gr.TabItem("Import", elem_id="concept_steer_tab_import"):
@@ -130,6 +133,55 @@ def _learn(
     except ConceptSteerError as error:
         return [], _failed(error, *(file for files in sets.values() for file in files))
     return done.pictures, _in_html(done.words())
+
+
+def _audit_panel() -> None:
+    task = gr.Textbox(visible=False)
+    with gr.Row():
+        with gr.Column():
+            gr.HTML(
+                "What this checkpoint takes for granted when a prompt names a role and nothing else, read from inside "
+                "the model: a page with charts and figures in the folder of outputs."
+            )
+            words = gr.Textbox(
+                "", lines=12, label="List of words, YAML or JSON (empty: the usual one)", elem_id=_id("audit_words")
+            )
+            fill = gr.Button("Put the usual list there, to edit it", elem_id=_id("audit_fill"))
+            extent = gr.Radio(list(EXTENTS), value=next(iter(EXTENTS)), label="Extent", elem_id=_id("audit_extent"))
+            with gr.Row():
+                start = gr.Button("Audit this checkpoint", variant="primary", elem_id=_id("audit_start"))
+                interrupt = gr.Button("Interrupt", elem_id=_id("audit_interrupt"))
+        with gr.Column(elem_id=_id("audit_results")):
+            gallery = gr.Gallery(
+                label="Defaults by role", columns=1, height=640, object_fit="contain", elem_id=_id("audit_gallery")
+            )
+            files = gr.File(label="The page, its figures and charts", file_count="multiple", elem_id=_id("audit_files"))
+            said = gr.HTML("", elem_id=_id("audit_said"))
+    fill.click(_usual_words, [], [words, said], show_progress=False)
+    start.click(
+        wrap_gradio_gpu_call(_audit, extra_outputs=[None, None]),
+        _js="conceptSteerAudit",
+        inputs=[task, words, extent],
+        outputs=[gallery, files, said],
+        show_progress=False,
+    )
+    interrupt.click(lambda: shared.state.interrupt(), [], [])
+
+
+def _usual_words() -> tuple[Any, str]:
+    try:
+        return usual_text(), ""
+    except ConceptSteerError as error:
+        return gr.update(), _failed(error)
+
+
+def _audit(task: str, words: str, extent: str) -> tuple[list[Image.Image], list[str] | None, str]:
+    try:
+        done = audit_loaded(words, EXTENTS[extent])
+    except ConceptSteerError as error:
+        return [], None, _failed(error)
+    text = f"{done.found.summary()}\nThe page: {_shown(done.files[0])}"
+    return [done.picture], [str(file) for file in done.files], _in_html(text)
 
 
 def _library_panel() -> None:

@@ -100,10 +100,15 @@ def parsed_file(path: Path) -> Any:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise LearnError(f"{path} cannot be read ({reason}): check the name and that it is text (UTF-8).") from error
+    return parsed_text(text, str(path), path.suffix.lower() == ".json")
+
+
+def parsed_text(text: str, where: str, is_json: bool) -> Any:
+    """What JSON or YAML holds. where: begins the message. Errors: LearnError."""
     try:
-        return json.loads(text, object_pairs_hook=_once) if path.suffix.lower() == ".json" else _yaml(path, text)
+        return json.loads(text, object_pairs_hook=_once) if is_json else _yaml(where, text)
     except (ValueError, RecursionError) as error:  # json.JSONDecodeError is a ValueError
-        raise LearnError(f"{path} cannot be understood: {error}") from error
+        raise LearnError(f"{where} cannot be understood: {error}") from error
 
 
 def _once(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
@@ -116,12 +121,12 @@ def _once(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
     return found
 
 
-def _yaml(path: Path, text: str) -> Any:
+def _yaml(where: str, text: str) -> Any:
     try:
         import yaml
     except ModuleNotFoundError as error:
         raise LearnError(
-            f"{path} is YAML, which needs PyYAML: run pip install 'concept-steer[many]', or write the file as JSON."
+            f"{where} is YAML, which needs PyYAML: run pip install 'concept-steer[many]', or write the file as JSON."
         ) from error
 
     class Loader(yaml.SafeLoader):

@@ -9,11 +9,14 @@ import torch
 from tiny_diffusers import LAYOUTS, bag_of_words, schedule, text, tiny_denoiser, tiny_unet
 
 from concept_steer import ConceptVector
+from concept_steer.analysis import maps, reading
 from concept_steer.analysis.associations import associations, descriptors
+from concept_steer.analysis.audit import AuditSettings, audit, percent
+from concept_steer.analysis.audit_files import fresh_folder
 from concept_steer.analysis.defaults import compare, default_of, defaults, place_on_scale
 from concept_steer.analysis.maps import cluster_labels, clusters, principal_map, silhouette
 from concept_steer.analysis.reading import Reader, ReadSettings
-from concept_steer.analysis.word_list import WordList, parsed, read_words, shipped
+from concept_steer.analysis.word_list import WordList, parsed, read_words, shipped, typed_words
 from concept_steer.denoiser import Conditioning
 from concept_steer.errors import ConceptSteerError, SettingError
 from concept_steer.hosts.diffusers import Components, DiffusersDenoiser
@@ -107,11 +110,12 @@ def test_a_stopped_run_goes_on_where_it_was(denoiser, tmp_path):
     assert denoiser.cost.since(before).encoder_rows == 3 * (len(PROMPTS) - 2)
 
 
-def test_shares_of_several_processes_give_the_very_numbers_of_one(denoiser, tmp_path):
+def test_shares_of_several_processes_give_the_very_numbers_of_one(denoiser, tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "TEXTS", 2)  # else the few prompts are all one process's
     alone = Reader(denoiser, FEW, batch=6).read(PROMPTS)
     together = Reader(denoiser, FEW, cache=tmp_path, batch=6)
-    for rank in range(2):
-        list(together.stream(PROMPTS, rank=rank, processes=2))
+    shares = [list(together.stream(PROMPTS, rank=rank, processes=2)) for rank in range(2)]
+    assert all(shares)
     before = denoiser.cost.snapshot()
     found = together.read(PROMPTS)
     assert denoiser.cost.since(before).encoder_rows == 0
@@ -272,6 +276,25 @@ def test_a_map_keeps_what_lies_apart_apart():
         principal_map(points[:2])
 
 
+def test_a_umap_without_its_library_says_what_to_install_before_any_work(denoiser, monkeypatch):
+    monkeypatch.setattr(maps, "find_spec", lambda name: None)
+    before = denoiser.cost.snapshot()
+    with pytest.raises(ConceptSteerError, match=r"pip install 'concept-steer\[umap\]'"):
+        audit(denoiser, words(), settings=AuditSettings(map_method="umap"))
+    assert denoiser.cost.since(before).unet_rows == 0
+    with pytest.raises(ConceptSteerError, match="pca and umap"):
+        maps.check_method("tsne")
+
+
+def test_a_umap_has_a_place_for_every_prompt_and_keeps_what_lies_apart_apart():
+    pytest.importorskip("umap")
+    points = torch.eye(2, 8).repeat_interleave(12, 0) + 0.05 * torch.randn(24, 8, generator=torch.Generator())
+    places = maps.umap_map(points, neighbours=5)
+    assert places.shape == (24, 2) and torch.equal(places, maps.umap_map(points, neighbours=5))
+    own, other = places[:12], places[12:]
+    assert (own.mean(0) - other.mean(0)).norm() > max(part.std(0).norm() for part in (own, other))
+
+
 def test_clusters_are_found_counted_and_named():
     generator = torch.Generator().manual_seed(4)
     centres = torch.randn(3, 40, generator=generator)
@@ -327,6 +350,46 @@ def test_a_value_that_is_a_noun_stands_in_the_place_of_person():
 def test_a_list_that_cannot_be_is_explained(given, said):
     with pytest.raises(SettingError, match=said):
         parsed(given, "words.yaml")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"roles": ["cook"], "attributes": {"g": {"a": "a {} a", "b": "a {} b"}}}',
+        "roles: [cook]\nattributes:\n  g:\n    a: a {} a\n    b: a {} b\n",
+    ],
+    ids=["JSON", "YAML"],
+)
+def test_a_list_may_be_typed(text):
+    pytest.importorskip("yaml")
+    listed = typed_words(text)
+    assert listed.roles == ("cook",) and listed.named("cook", "g", "b") == ("a cook b",)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("roles: [", "cannot be understood"), ('{"roles": [], "roles": []}', "given twice"), ("x", "no list")],
+)
+def test_a_typed_list_that_cannot_be_is_explained(text, said):
+    pytest.importorskip("yaml")
+    with pytest.raises(ConceptSteerError, match=said) as error:
+        typed_words(text)
+    assert str(error.value).startswith("The list of words")
+
+
+def test_an_audits_progress_goes_on_and_never_reaches_the_end_before_it():
+    told = [("defaults", 0, 9), ("defaults", 9, 9), ("associations", 1, 2), ("pictures", 3, 4), ("learning g", 1, 1)]
+    told.append(("reading again", 46, 46))
+    found = [percent(*one) for one in told]
+    assert found == sorted(found) and found[0] == 0 and found[-1] == 99
+
+
+def test_every_audit_has_a_folder_of_its_own(tmp_path):
+    found = [fresh_folder(tmp_path / "audits").name for _ in range(3)]
+    assert found == ["001", "002", "003"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConceptSteerError, match="cannot be made"):
+        fresh_folder(tmp_path / "file")
 
 
 def test_a_list_is_read_from_a_file(tmp_path):

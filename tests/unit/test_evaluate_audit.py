@@ -7,6 +7,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from tiny_diffusers import tiny_denoiser
 
 from concept_steer import ConceptVector
@@ -16,7 +17,7 @@ from concept_steer.demo import world
 from concept_steer.demo.auditing import usual_words
 from concept_steer.demo.build_data import article
 from concept_steer.errors import ConceptSteerError
-from concept_steer.evaluate import audit_checks, audit_report
+from concept_steer.evaluate import audit_checks, audit_clusters, audit_report
 from concept_steer.evaluate.audit import ABLATION, ATTRIBUTES, Found
 from concept_steer.evaluate.audit_drawing import BLOCK, DRAWING, HEADS, Observed, draw_blocks, from_fairness, observed
 from concept_steer.evaluate.audit_reading import Leans, fit, h_leans, text_leans, true_lean
@@ -130,6 +131,32 @@ def test_a_vector_is_named_after_the_prompt_it_came_from(tmp_path):
     assert [(one["meant"], one["right"]) for one in found] == [("astronaut", True), ("knife", True)]
 
 
+def test_clusters_that_are_the_kinds_agree_wholly_and_mixed_ones_do_not():
+    which = {f"{kind} {i}": kind for kind in ("role", "face", "thing") for i in range(4)}
+    apart = torch.eye(3).repeat_interleave(4, 0) + 0.01 * torch.arange(12)[:, None] / 12
+    means = dict(zip(which, apart, strict=True))
+    assert audit_clusters.agreement(means, which) == 1
+    assert audit_clusters.agreement(means, which, directions=2) == 1
+    mixed = dict(zip(which, which.values(), strict=True)) | {"role 0": "face", "face 0": "thing", "thing 0": "role"}
+    assert audit_clusters.agreement(means, mixed) < 0.6
+
+
+def test_every_kind_is_on_both_halves_and_no_prompt_on_two():
+    which = audit_clusters.kinds(True)
+    one, other = audit_clusters._halves(which, 3)
+    assert not set(one) & set(other) and {**one, **other} == which
+    assert set(one.values()) == set(other.values()) == {"role", "face", "thing", "inappropriate"}
+    assert abs(len(one) - len(other)) <= 4 and audit_clusters._halves(which, 4)[0] != one
+
+
+def test_choices_of_clusters_are_compared_on_halves(monkeypatch):
+    monkeypatch.setattr(audit_clusters, "SPLITS", 2)
+    monkeypatch.setattr(audit_clusters, "CHOICES", {"a": ("mean", 0.0, 0), "b": ("mean", 0.0, 2)})
+    found = audit_clusters.cluster_choices(tiny_denoiser("mid only"), ReadSettings(seeds=1))
+    assert list(found) == ["a", "b", "the best on one half, looked at on the other"]
+    assert all(-1 <= one["low"] <= one["halves"] <= one["high"] <= 1 for one in found.values())
+
+
 def test_titles_are_brought_to_the_names_in_use():
     titles = ("a woman", "dark skin", "a person with medium-dark skin", "Smiling")
     assert [audit_checks.meant(title) for title in titles] == ["woman", "dark", "medium-dark", "smiling"]
@@ -144,7 +171,7 @@ def test_there_are_five_thousand_different_prompts():
 def test_speed_is_measured_against_the_bare_encoder(tmp_path):
     found = audit_checks.throughput(tiny_denoiser("mid only"), tmp_path, 80, rounds=2)
     assert found["prompts"] == 80 and 0 < found["low"] <= found["ratio"] <= found["high"]
-    assert len(list(tmp_path.rglob("*.npy"))) == 80
+    assert len(list(tmp_path.rglob("*.npy"))) == 80 and found["text_rows"] >= 0
 
 
 def test_the_report_holds_every_figure_that_is_asked_for(tmp_path):
@@ -157,10 +184,12 @@ def test_the_report_holds_every_figure_that_is_asked_for(tmp_path):
     found.pictures = {role: seen(role, count, light=count, count=30) for role, count in men.items()}
     found.scenes = dict.fromkeys(world.SCENES, 0.1)
     found.scenes["a fight"] = 0.5
-    found.named = [{"file": "x", "meant": "woman", "names": [("man", 0.3)], "right": False}]
+    named = {"file": "x", "meant": "woman", "names": [("man", 0.3)], "right": False, "method": "score"}
+    found.named = [named, {**named, "right": True, "method": "difference"}]
     found.clusters = {"all": 0.5}
+    found.cluster_choices = {"the default": {"all": 0.5, "halves": 0.4, "low": 0.1, "high": 0.6}}
     speed = {"ratio": 0.95, "low": 0.9, "high": 1.0, "prompts": 5000, "rows_per_second": 400.0, "memory": 3.0}
-    found.speed = {4: speed, 16: speed}
+    found.speed = {4: {**speed, "text_rows": 1.0}, 16: {**speed, "text_rows": 1.0}}
     row = {"role": "cook", "before": (0.5, 0.4, 0.6), "after": (0.1, -0.1, 0.2), "covers": True, "covered": False}
     found.steering = {"gender": [row]}
     spent = {"rows": 12.0, "seconds": 0.1}
@@ -170,12 +199,18 @@ def test_the_report_holds_every_figure_that_is_asked_for(tmp_path):
     figures = {(one.method, one.metric): one for one in read(tmp_path / "audit.json")}
     for metric in (
         "pearson_observed_gender", "pearson_training_gender", "pearson_observed_skin_tone", "sign_right", "cost_ratio",
-        "rows_per_second_ratio", "direction_named_right",
+        "rows_per_second_ratio", "rows_per_second_ratio_without_overhead", "direction_named_right",
     ):  # fmt: skip
         assert ("h_space", metric) in figures, metric
     assert ("text_space", "pearson_training_gender") in figures
     assert ("generate_and_judge", "pearson_training_gender") in figures
     assert figures["h_space", "cost_ratio"].value == 200
     assert figures["h_space", "pearson_training_gender"].value == pytest.approx(1)
+    by_way = {
+        one.extra.get("learned_by", "all"): (one.value, one.n)
+        for one in read(tmp_path / "audit.json")
+        if one.metric == "direction_named_right"
+    }
+    assert by_way == {"all": (0.5, 2), "difference": (1.0, 1), "score": (0.0, 1)}
     assert all(math.isfinite(one.value) for one in figures.values() if one.value is not None)
     assert "was called man" in (tmp_path / "audit.md").read_text()

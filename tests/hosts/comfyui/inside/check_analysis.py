@@ -12,7 +12,7 @@ from concept_steer_pack.concept_steer.demo.auditing import usual_words
 from concept_steer_pack.concept_steer.errors import ConceptSteerError
 from concept_steer_pack.concept_steer.hosts.comfy_denoiser import ComfyDenoiser
 from concept_steer_pack.concept_steer.vector import ConceptVector
-from concept_steer_pack.nodes import analyse
+from concept_steer_pack.nodes import analyse, analyse_defaults
 from concept_steer_pack.nodes.audit import AuditCheckpoint
 
 LOOK = {"seeds": 2}
@@ -33,13 +33,13 @@ def defaults_are_the_same_as_through_diffusers() -> str:
 
 
 def every_analysis_node_draws_and_tells() -> None:
-    for node in analyse.NODES:
+    for node in (*analyse.NODES, *analyse_defaults.NODES):
         _hidden(node)
     model, clip, _ = demo()
     some = "a nurse\na doctor\na cook\na pilot"
     words = "a woman\na man\n{} on a blue background"
     results = [
-        analyse.Defaults.execute(model, clip, "nurse\npilot", GENDER, **LOOK).result,
+        analyse_defaults.Defaults.execute(model, clip, "nurse\npilot", GENDER, **LOOK).result,
         analyse.Descriptors.execute(model, clip, "a nurse", words, **LOOK).result,
         analyse.AssociationMap.execute(model, clip, some, words, **LOOK).result,
         analyse.ConceptMap.execute(model, clip, some, words, 2, **LOOK).result,
@@ -48,11 +48,13 @@ def every_analysis_node_draws_and_tells() -> None:
 
     vector = ConceptVector(torch.randn(192), "demo", "anything")
     results.append(analyse.NameVector.execute(model, clip, vector, words, **LOOK).result)
-    results.append(analyse.CompareDefaults.execute(model, clip, "nurse", GENDER, 2, vector=vector, strength=0.1).result)
+    results.append(
+        analyse_defaults.CompareDefaults.execute(model, clip, "nurse", GENDER, 2, vector=vector, strength=0.1).result
+    )
     for picture, report in results:
         assert picture.ndim == 4 and picture.shape[-1] == 3 and report.strip()
     try:
-        analyse.CompareDefaults.execute(model, clip, "nurse", GENDER, 2)
+        analyse_defaults.CompareDefaults.execute(model, clip, "nurse", GENDER, 2)
     except ConceptSteerError as error:
         assert "either" in str(error)
     else:
