@@ -17,6 +17,7 @@ from . import (
     demo,
     discover,
     fair,
+    latent_clip,
     learn,
     safe_latent_diffusion,
     safety,
@@ -45,6 +46,7 @@ class ConceptSteerExtension(ComfyExtension):
             *audit.NODES,
             *analyse_defaults.NODES,
             *analyse.NODES,
+            *latent_clip.NODES,
         ]
 
 

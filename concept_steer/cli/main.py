@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..errors import ConceptSteerError
-from . import analyse, apply, audit, demo, discover, evaluate, fair, learn, safety, vectors
+from . import analyse, apply, audit, demo, discover, evaluate, fair, latent_clip, learn, safety, vectors
 from .help import Parser
 
 EPILOG = """start here:
@@ -52,6 +52,7 @@ def parser() -> Parser:
     discover.add(commands, common)
     analyse.add(commands, common)
     audit.add(commands, common)
+    latent_clip.add(commands, common)
     return root
 
 

@@ -65,7 +65,7 @@ def load_checkpoint(name: str, device: str, dtype: str) -> Denoiser:
     from ..hosts.diffusers import DiffusersDenoiser, load_denoiser
 
     number_type: torch.dtype = getattr(torch, dtype)
-    place = _device(device)
+    place = usable_device(device)
     if name == "demo":
         from ..demo import model
 
@@ -73,7 +73,7 @@ def load_checkpoint(name: str, device: str, dtype: str) -> Denoiser:
     return load_denoiser(Path(name), device=place, dtype=number_type)
 
 
-def _device(name: str) -> str:
+def usable_device(name: str) -> str:
     import torch
 
     if name == "auto":

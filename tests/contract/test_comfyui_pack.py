@@ -208,6 +208,7 @@ def test_there_are_workflows_for_each_way_to_work():
         "7_fair_sampling",
         "8_safety",
         "9_audit",
+        "10_pick_best",
     ]
 
 

@@ -1,0 +1,44 @@
+"""Latent-CLIP (Becker et al. 2503.08455): judge, rank and search pictures in the latent, without decoding."""
+
+from .checkpoint import convert, load_latent_clip, read_checkpoint
+from .model import CONFIGS, ClipConfig, LatentClip, LatentClipModel
+from .ranking import Ranking, order_latents, rank
+from .scoring import Scores, class_vectors, classify, score, score_noisy
+from .search import Hit, Index, index, read_latents, save_latents, search
+from .spaces import SPACES, LatentSpace, check_space, space, space_of
+from .templates import PUBLISHED, SIMPLE
+from .tokenizer import ClipTokenizer, find_tokenizer, read_tokenizer
+
+__all__ = [
+    "CONFIGS",
+    "PUBLISHED",
+    "SIMPLE",
+    "SPACES",
+    "ClipConfig",
+    "ClipTokenizer",
+    "Hit",
+    "Index",
+    "LatentClip",
+    "LatentClipModel",
+    "LatentSpace",
+    "Ranking",
+    "Scores",
+    "check_space",
+    "class_vectors",
+    "classify",
+    "convert",
+    "find_tokenizer",
+    "index",
+    "load_latent_clip",
+    "order_latents",
+    "rank",
+    "read_checkpoint",
+    "read_latents",
+    "read_tokenizer",
+    "save_latents",
+    "score",
+    "score_noisy",
+    "search",
+    "space",
+    "space_of",
+]
