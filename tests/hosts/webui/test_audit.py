@@ -34,13 +34,12 @@ WATCH = """() => {
 
 @pytest.fixture(scope="module")
 def page(server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
-    Client(server.url).call("/sdapi/v1/options", {"live_previews_enable": True, "show_progress_every_n_steps": 1})
-    with opened() as browser:
+    watched = Client(server.url).options(live_previews_enable=True, show_progress_every_n_steps=1)
+    with opened() as browser, watched:  # in this order: without a browser the options are not touched
         found = Page(browser, server.url, "webui", folder_of_shots(tmp_path_factory.mktemp("screenshots")))
         found.tab("Concept Steer")
         found.inner_tab("Audit")
         yield found
-    Client(server.url).call("/sdapi/v1/options", {"live_previews_enable": False})
 
 
 @pytest.fixture
