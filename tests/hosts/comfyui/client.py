@@ -124,10 +124,13 @@ class Client:
     def interrupt(self) -> None:
         self.post("/interrupt", {})
 
-    def forget(self) -> None:
-        """Drop all cached outputs, so that the next graph runs from its first node on."""
+    def forget(self, wait: float = 0.5) -> None:
+        """Drop all cached outputs, so that the next graph runs from its first node on.
+
+        The server does it when its worker next wakes up and says nothing of it: wait longer where all hangs on it.
+        """
         self.post("/free", {"free_memory": True})
-        time.sleep(0.5)
+        time.sleep(wait)
 
     @contextmanager
     def listening(self) -> Iterator[Listener]:

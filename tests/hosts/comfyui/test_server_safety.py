@@ -202,7 +202,7 @@ def test_a_set_is_learned_kept_and_used_in_one_graph(client, vectors, plain):
     assert (vectors / "own.safety.safetensors").is_file() and "Saved as own.safety" in learning
     assert "weapons: the gate opens for" in learning
     assert "weapons" in will and "The gate opened in" in did
-    client.forget()
+    client.forget(wait=5)
     again = client.queue(g)
     assert "Was kept as own.safety" in client.text(again, told[0])
     assert np.array_equal(client.pictures(again, shown), client.pictures(run, shown))
