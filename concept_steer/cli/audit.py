@@ -166,7 +166,7 @@ def words_for(path: Path | None, family: str) -> WordList:
 def judge_for(folder: str | None, family: str, words: WordList) -> Judge | None:
     """CLIP from a folder, the embedded model's own judges, or nobody."""
     if folder:
-        from ..analysis.picture_judges import ClipJudge
+        from ..hosts.clip_judge import ClipJudge
 
         return ClipJudge(folder, words)
     from ..demo.auditing import DemoJudge

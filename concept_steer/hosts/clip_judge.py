@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..analysis.word_list import WordList
 from ..errors import ConceptSteerError
 from ..pictures import to_images
-from .word_list import WordList
 
 
 class ClipJudge:

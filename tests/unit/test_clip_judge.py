@@ -7,9 +7,9 @@ import sys
 import pytest
 import torch
 
-from concept_steer.analysis.picture_judges import ClipJudge
 from concept_steer.analysis.word_list import WordList
 from concept_steer.errors import ConceptSteerError
+from concept_steer.hosts.clip_judge import ClipJudge
 
 transformers = pytest.importorskip("transformers")
 VALUES = ("woman", "man")
