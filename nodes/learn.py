@@ -55,8 +55,9 @@ SEED = io.Int.Input(
 SIZE = io.Int.Input(
     "size", default=0, min=0, max=2048, step=64, tooltip="Side of the pictures to learn on; 0 is the model's own size."
 )
-SPATIAL = io.Boolean.Input(
-    "spatial", default=False, tooltip="On: a map over the picture instead of one value per channel. Needs more steps."
+MAP = "On: a map over the picture instead of one value per channel. Needs more steps."
+AUTOMATIC = (
+    "Off: one value per channel, and a map over the picture by itself where that says too little. On: a map at once."
 )
 
 
@@ -110,7 +111,7 @@ class LearnConceptPrompts(io.ComfyNode):
                     "title", default="", tooltip="The vector's name; empty: the first prompt with the concept."
                 ),
                 SIZE,
-                SPATIAL,
+                io.Boolean.Input("spatial", default=False, tooltip=AUTOMATIC),
                 io.Vae.Input("vae", optional=True, tooltip="For the live before/after pictures."),
             ],
             outputs=OUTPUTS,
@@ -172,7 +173,7 @@ class LearnConceptPictures(io.ComfyNode):
                 SEED,
                 io.String.Input("title", default="my concept", tooltip="The vector's name."),
                 SIZE,
-                SPATIAL,
+                io.Boolean.Input("spatial", default=False, tooltip=MAP),
                 io.Image.Input(
                     "without",
                     optional=True,

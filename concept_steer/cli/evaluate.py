@@ -14,7 +14,7 @@ from .output import ready_folder
 
 OUT = Path("concept-steer-results")
 CONCEPTS = "woman,man,dark skin,smiling,astronaut,knife"
-METHODS = "self_discovery,self_discovery_cfg1,difference,score,score_short,score_map,lora_slider"
+METHODS = "self_discovery,self_discovery_cfg1,difference,score,score_short,score_channels,score_map,lora_slider"
 FAIR_METHODS = "none,prompt_rewriting,negative_prompt,fair_diffusion,self_discovery,difference,fair_sampling"
 TEMPLATES, ATTRIBUTES = "plain,successful", "gender,tone,both"
 Add = Callable[[Commands, argparse.ArgumentParser], None]

@@ -87,7 +87,8 @@ def add(commands: Commands, common: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--spatial",
         action=argparse.BooleanOptionalAction,
-        help="a map (C, H, W) instead of one value per channel; the default of self-discovery only",
+        help="a map (C, H, W) instead of one value per channel; without it self-discovery makes one, and score only "
+        "where one value per channel explains under 80 %% of the prompt's effect; --no-spatial: never",
     )
     parser.add_argument("--name", default="", help="the vector's title (default: the prompt)")
     parser.add_argument("--out", metavar="NAME_OR_FILE", help="a name in the library, or a .safetensors file")
@@ -173,6 +174,7 @@ def _score(
         timestep_groups=args.timestep_groups,
         against=args.against,
         checkpoint=state,
+        map_below=0.0 if args.spatial is False else None,
     )
     return _by_gradient(learn.learn_score, "trajectories", options, denoiser, pairs)
 

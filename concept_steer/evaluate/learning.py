@@ -20,7 +20,7 @@ from .studio import hits
 from .tasks import TASKS, Task
 
 Say = Callable[[str], None]
-TUNED_ON = "woman"
+TUNED_ON = ("woman", "smiling")  # what a person is, and what sits at a place
 TUNING = 99  # the seed that rates are chosen with: never among the measured ones
 
 
@@ -123,12 +123,23 @@ def units_of(result: dict[str, Any], reference: dict[str, Any], roles: int) -> l
 def chosen_rate(studio: Studio, method: str, scale: Scale, parts: Parts, say: Say) -> float:
     """The rate of the method's grid with the largest final effect, among equals with the largest mean of its checks.
 
-    Chosen on one concept with a seed that is not measured, judged on the very roles it was learned on.
+    Chosen on two concepts with a seed that is not measured, judged on the very prompts that were learned on.
     """
     grid = METHODS[method].rates
     if not scale.tune or not grid:
         return METHODS[method].rate
-    task = TASKS[TUNED_ON]
+    by_concept = [_tried(studio, method, TASKS[name], scale, parts) for name in TUNED_ON]
+    effects = {
+        rate: [mean(checks) for checks in zip(*(found[rate] for found in by_concept), strict=True)] for rate in grid
+    }
+    chosen = best_rate(effects)
+    tried = ", ".join(f"{rate:g}: {values[-1]:.2f}" for rate, values in effects.items())
+    say(f"{method}: rate {chosen:g} (final effect by rate: {tried})")
+    return chosen
+
+
+def _tried(studio: Studio, method: str, task: Task, scale: Scale, parts: Parts) -> dict[float, list[float]]:
+    """Rate -> effect at each check."""
     pairs = task.pairs[: scale.roles]
     seeds = _judging_seeds(TUNING, scale.judged)
 
@@ -136,20 +147,17 @@ def chosen_rate(studio: Studio, method: str, scale: Scale, parts: Parts, say: Sa
         base, rich = (hits(studio, task, [pair[i] for pair in pairs], seeds, scale, None) for i in (0, 1))
         return {"base": base, "rich": rich}
 
-    reference = parts.get("tuning-reference", references, task=task.fingerprint)
+    reference = parts.get(f"tuning-{task.name}-reference", references, task=task.fingerprint)
     base, rich = mean(reference["base"]), mean(reference["rich"])
     effects: dict[float, list[float]] = {}
-    for rate in grid:
+    for rate in METHODS[method].rates:
         result = parts.get(
-            f"tuning-{method}-{rate:g}",
+            f"tuning-{task.name}-{method}-{rate:g}",
             lambda: _measure(studio, task, method, TUNING, rate, scale, [neutral for neutral, _ in pairs]),  # noqa: B023
             task=task.fingerprint,
         )
         effects[rate] = [effect(mean(check), base, rich) for check in result["hits"]]
-    chosen = best_rate(effects)
-    tried = ", ".join(f"{rate:g}: {values[-1]:.2f}" for rate, values in effects.items())
-    say(f"{method}: rate {chosen:g} (final effect by rate: {tried})")
-    return chosen
+    return effects
 
 
 def best_rate(effects: dict[float, list[float]]) -> float:

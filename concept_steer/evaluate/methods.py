@@ -132,7 +132,7 @@ def _self_discovery(guidance: float) -> Run:
     return run
 
 
-def _score(short: bool = False, spatial: bool = False) -> Run:
+def _score(short: bool = False, **options: Any) -> Run:
     def run(denoiser: Denoiser, task: Task, seed: int, rate: float, scale: Scale) -> list[Snapshot]:
         recorder = Recorder(denoiser, scale.checks)
         result = learn_score(
@@ -141,7 +141,7 @@ def _score(short: bool = False, spatial: bool = False) -> Run:
             steps=scale.short_steps if short else scale.score_steps,
             trajectories=scale.short_trajectories if short else scale.trajectories,
             batch=8 if short else 16,
-            spatial=spatial,
+            **options,
             rate=rate,
             seed=seed,
             title=task.name,
@@ -211,9 +211,12 @@ METHODS = {
     ),
     "self_discovery_cfg1": Method(_self_discovery(1.0), (0.01, 0.03, 0.1), 0.1, "the same with pictures at CFG 1"),
     "difference": Method(_difference, (), 0.0, "difference of means, over 1, 2, 4 and 8 seeds a pair"),
-    "score": Method(_score(), (0.03, 0.1, 0.3), 0.1, "the default way to learn"),
+    "score": Method(_score(), (0.03, 0.1, 0.3), 0.1, "the default: a map where one value per channel explains little"),
     "score_short": Method(_score(short=True), (0.03, 0.1, 0.3), 0.1, "the same with fewer steps and trajectories"),
-    "score_map": Method(_score(spatial=True), (0.03, 0.1, 0.3), 0.1, "the default with a map (C, H, W)"),
+    "score_channels": Method(
+        _score(map_below=0.0), (0.03, 0.1, 0.3), 0.1, "one value per channel, whatever it explains"
+    ),
+    "score_map": Method(_score(spatial=True), (0.03, 0.1, 0.3), 0.1, "a map (C, H, W) at once"),
     "lora_slider": Method(_slider, (2e-4, 1e-3, 5e-3), 2e-4, "Concept Slider: LoRA of rank 4, eta 4"),
 }
 

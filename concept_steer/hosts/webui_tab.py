@@ -72,7 +72,9 @@ def _learn_panel() -> None:
                 seed = gr.Number(USUAL.seed, precision=0, label="Seed of learning", elem_id=_id("seed"))
                 size = _slider("size", 0, MOST_PIXELS, USUAL.size, "Side of the pictures (0: the model's own)", 64)
             spatial = gr.Checkbox(
-                USUAL.spatial, label="A map over the picture instead of one value per channel", elem_id=_id("spatial")
+                USUAL.spatial,
+                label="A map over the picture at once (off: only where one value per channel says too little)",
+                elem_id=_id("spatial"),
             )
             with gr.Row():
                 start = gr.Button("Learn", variant="primary", elem_id=_id("start"))

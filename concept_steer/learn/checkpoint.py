@@ -105,6 +105,10 @@ class Checkpoint:
         for part in ("", *parts):
             self._path(part).unlink(missing_ok=True)
 
+    def part(self, name: str) -> Checkpoint:
+        """A part as a checkpoint of its own, of the same run."""
+        return Checkpoint(self._path(name), self.settings, self.bill)
+
     def _path(self, part: str) -> Path:
         return self.path.with_name(f"{self.path.name}.{part}") if part else self.path
 

@@ -159,11 +159,15 @@ def descend(
             if not best.check(run.c):
                 return f"stopped at step {done} of {steps} because of NaN, last good vector kept"
             save()
-        if best.waited >= patience:
-            return f"stopped after {done} of {steps} steps because it no longer got better"
-        return None
+        return no_better(done) if best.waited >= patience else None
 
-    ending = walk(run, steps, step=step, after=after, save=save, show=show, stop=stop, kept="best so far")
+    def no_better(done: int) -> str:
+        return f"stopped after {done} of {steps} steps because it no longer got better"
+
+    if run.losses and best.waited >= patience:  # of a run that had ended so, and was killed after it
+        ending = Ending(no_better(len(run.losses)))
+    else:
+        ending = walk(run, steps, step=step, after=after, save=save, show=show, stop=stop, kept="best so far")
     if run.losses and len(run.losses) % every:  # ended between two checks
         try:
             best.check(run.last_good)

@@ -26,6 +26,7 @@ class LearnResult:
     (area under the ROC curve: .5 is chance, 1 perfect). explained: 1 - held-out loss, the share of the positive
     prompt's own effect on the prediction that the vector reproduces. For `learn_pictures` they compare pictures with
     reference pictures and with the noise: see there. unet_rows: forward cost in rows of the whole UNet.
+    without_map: what one value per channel explained, where a map was kept because it explains more.
     """
 
     vector: ConceptVector
@@ -38,6 +39,7 @@ class LearnResult:
     seconds: float
     stopped: str
     held_out: list[float] = field(default_factory=list)
+    without_map: float | None = None
 
     def summary(self) -> str:
         """Two or three lines in plain words."""
@@ -46,7 +48,9 @@ class LearnResult:
             lines.append(f"It takes {self.explained:.1%} off the prediction's error on unseen pictures.")
         elif self.explained is not None:
             lines.append(f"It reproduces {self.explained:.0%} of the prompt's own effect on unseen seeds.")
-            if self.explained < FULL and self.vector.tensor.ndim == 1:
+            if self.without_map is not None:
+                lines.append(f"It is a map (C, H, W): one value per channel reproduces only {self.without_map:.0%}.")
+            elif self.explained < FULL and self.vector.tensor.ndim == 1:
                 lines.append("A map (C, H, W) may reach more: what it shows may sit at a place, as a smile does.")
         if self.separation is not None:
             two = "pictures with and without it" if self.method == "pictures" else "the two prompts"
@@ -72,6 +76,7 @@ class LearnResult:
             "backward_rows": self.backward_rows,
             "seconds": self.seconds,
             "stopped": self.stopped,
+            "without_map": self.without_map,
         }
 
 

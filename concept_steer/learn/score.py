@@ -18,13 +18,15 @@ from ..errors import LearnError
 from ..vector import ConceptVector
 from .calibration import amplitude
 from .checkpoint import Bill, open_checkpoint
-from .descent import Problem, Progress, Start, check_start, descend, first_vector
+from .descent import Descent, Problem, Progress, Start, check_start, descend, first_vector
 from .disentangle import about_others, others_of
 from .items import Cache, even_weight
-from .memory import with_memory_advice
-from .result import LearnResult, Pairs, checked_pairs, finished_vector, rms, separation_of
+from .memory import out_of_memory, with_memory_advice
+from .result import FULL, LearnResult, Pairs, checked_pairs, finished_vector, rms, separation_of
 from .timestep_groups import Groups, groups_of, shift_of
 from .trajectories import SharedNeutral, build_cache
+
+MAP = "map"  # the part of a checkpoint that keeps the learning of a map after a vector without places
 
 
 @dataclass
@@ -64,6 +66,7 @@ def learn_score(
     guidance: float = 5.0,
     preservation: float = 0.1,
     spatial: bool = False,
+    map_below: float = FULL,
     calibrate: bool = True,
     timestep_groups: int = 1,
     against: Sequence[ConceptVector] = (),
@@ -78,8 +81,11 @@ def learn_score(
     caching: Callable[[int, int], None] | None = None,
     stop: Callable[[], bool] | None = None,
 ) -> LearnResult:
-    """A vector (C,), or (C, H, W) with spatial, from pairs of (neutral, positive) prompts. Weights stay untouched.
+    """A vector (C,) or (C, H, W) from pairs of (neutral, positive) prompts. Weights stay untouched.
 
+    spatial: a map (C, H, W) at once. Else one value per channel is learned, and where that explains less than
+    `map_below`, a map too, from the same cache (so no more forward rows but the checks'); what explains more is kept.
+    0: never. What a person is needs no places; what sits somewhere, as a smile or a tool does, needs a map.
     rate: Adam's, in units of the change of h between the two prompts (so that one rate fits every model), falling to
     zero along a cosine. start: a vector, "difference" (of the cached h, the best of a few scales on training items), or
     "zero" (also None). holdout: share of the seeds kept for checks: ten times they are measured, the best vector is
@@ -117,6 +123,7 @@ def learn_score(
         guidance=guidance,
         preservation=preservation,
         spatial=spatial,
+        map_below=map_below,
         timestep_groups=timestep_groups,
         against=against,
         start=start,
@@ -139,46 +146,49 @@ def learn_score(
             shared=shared,
         )
         neutral_h = cache.neutral_h()
-        unit = _unit(cache, neutral_h, spatial)
         problem = _problem(denoiser, cache, batch, preservation, groups)
         train = torch.nonzero(~cache.held_out).flatten()
-        generator = torch.Generator().manual_seed(seed)
+        judge = torch.nonzero(cache.held_out).flatten().tolist()
         mean = (cache.positive_h[train] - neutral_h[train]).mean(0)
-        others = others_of(against, denoiser, mean.shape if spatial else mean.shape[:1])
-        first = first_vector(start, mean, replace(problem, group=None), train, spatial, generator)
-        first = first if others is None else others.without(first)
         middles = () if groups is None else groups.middles
-        if groups is not None:
-            first = first.expand(len(middles), *first.shape).clone()
 
-        def vector_at(c: Tensor) -> ConceptVector:
-            return ConceptVector(c, denoiser.family, title=title or prompts[0][1], timesteps=middles)
+        def fit(spatial: bool, before: int = 0) -> Descent:
+            """before: steps done for a vector without places."""
+            generator = torch.Generator().manual_seed(seed)
+            others = others_of(against, denoiser, mean.shape if spatial else mean.shape[:1])
+            first = first_vector(start, mean, replace(problem, group=None), train, spatial, generator)
+            first = first if others is None else others.without(first)
+            if groups is not None:
+                first = first.expand(len(middles), *first.shape).clone()
 
-        def show(step: int, steps: int, loss: float, c: Tensor) -> None:
-            if progress is not None:
-                progress(step, steps, loss, vector_at(c))
+            def show(step: int, steps: int, loss: float, c: Tensor) -> None:
+                if progress is not None:
+                    vector = ConceptVector(c, denoiser.family, title=title or prompts[0][1], timesteps=middles)
+                    progress(before + step, before + steps, loss, vector)
 
-        descent = descend(
-            problem,
-            first,
-            unit,
-            _batches(train, batch, generator),
-            torch.nonzero(cache.held_out).flatten().tolist(),
-            steps=steps,
-            rate=rate,
-            patience=patience,
-            show=show,
-            stop=stop,
-            project=None if others is None else others.without,
-            checkpoint=saved,
-        )
+            return descend(
+                problem,
+                first,
+                _unit(cache, neutral_h, spatial),
+                _batches(train, batch, generator),
+                judge,
+                steps=steps,
+                rate=rate,
+                patience=patience,
+                show=show,
+                stop=stop,
+                project=None if others is None else others.without,
+                checkpoint=saved.part(MAP) if saved is not None and before else saved,
+            )
+
+        descent, without_map, stopped = _with_map_if_needed(fit, spatial, map_below, stop)
         best = descent.best
         length = 1.0
         if calibrate and bool(best.c.any()):
-            some = train[torch.randperm(len(train), generator=generator)[: 4 * batch]].tolist()
-            length = amplitude(denoiser, cache, best.c, problem.weight, some, batch, problem.group)
+            some = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[: 4 * batch]]
+            length = amplitude(denoiser, cache, best.c, problem.weight, some.tolist(), batch, problem.group)
         if saved is not None and descent.ending.over:
-            saved.remove()
+            saved.remove(MAP)
         vector = finished_vector(
             denoiser,
             best.c.cpu() * length,
@@ -202,9 +212,31 @@ def learn_score(
         unet_rows=spent.unet_rows,
         backward_rows=spent.backward_rows,
         seconds=bill.seconds,
-        stopped=descent.stopped,
+        stopped=stopped,
         held_out=best.held_out,
+        without_map=without_map,
     )
+
+
+def _with_map_if_needed(
+    fit: Callable[..., Descent], spatial: bool, map_below: float, stop: Callable[[], bool] | None
+) -> tuple[Descent, float | None, str]:
+    """What is kept, what one value per channel explained if a map took its place, and how it ended."""
+    descent = fit(spatial)
+    explained, ending = 1 - descent.best.loss, descent.ending
+    unasked = stop is None or not stop()
+    if spatial or explained >= map_below or not ending.over or ending.spoiled or not unasked:
+        return descent, None, ending.stopped
+    try:
+        other = fit(True, before=len(descent.losses))
+    except (LearnError, RuntimeError, MemoryError) as error:  # what is learned already must not be lost
+        if not isinstance(error, LearnError) and not out_of_memory(error):
+            raise
+        return descent, None, f"{ending.stopped}; a map was tried too, and given up ({error})"
+    if other.best.loss >= descent.best.loss:
+        kept = replace(descent, ending=replace(ending, over=other.ending.over))
+        return kept, None, f"{ending.stopped}; a map was tried too ({other.stopped}) and explains no more"
+    return other, explained, f"{other.stopped}, as a map"
 
 
 def _problem(denoiser: Denoiser, cache: Cache, batch: int, preservation: float, groups: Groups | None) -> _Problem:

@@ -85,7 +85,7 @@ def misused(capsys, *args: object) -> str:
 
 
 def test_learn_saves_a_vector_with_a_picture_beside_it(checkpoint, library, capsys):
-    small = ("--steps", 4, "--trajectories", 4, "--batch", 8)
+    small = ("--steps", 4, "--trajectories", 4, "--batch", 8, "--no-spatial")
     assert (
         run("learn", "--checkpoint", checkpoint, *PAIR, *small, "--name", "Woman", "--out", "woman", "--seed", 3) == 0
     )

@@ -15,7 +15,7 @@ from concept_steer.vector import ConceptVector
 
 pytest.importorskip("diffusers")
 PAIRS = [("a pilot", "a woman pilot"), ("a cook", "a woman cook")]
-SMALL = {"steps": 12, "batch": 4, "trajectories": 8, "sample_steps": 2}
+SMALL = {"steps": 12, "batch": 4, "trajectories": 8, "sample_steps": 2, "map_below": 0.0}
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,9 @@ def denoiser():
 
 @pytest.fixture(scope="module")
 def learned(denoiser):
-    return learn_score(denoiser, PAIRS, steps=40, batch=8, trajectories=24, sample_steps=3, start="zero", patience=99)
+    return learn_score(
+        denoiser, PAIRS, steps=40, batch=8, trajectories=24, sample_steps=3, start="zero", patience=99, map_below=0.0
+    )
 
 
 def test_the_held_out_loss_falls_below_the_start(learned):
