@@ -129,8 +129,9 @@ def chosen_rate(studio: Studio, method: str, scale: Scale, parts: Parts, say: Sa
     if not scale.tune or not grid:
         return METHODS[method].rate
     by_concept = [_tried(studio, method, TASKS[name], scale, parts) for name in TUNED_ON]
-    effects = {
-        rate: [mean(checks) for checks in zip(*(found[rate] for found in by_concept), strict=True)] for rate in grid
+    effects = {  # a run that ended early has fewer checks
+        rate: [mean([of(found[rate]) for found in by_concept]) for of in (mean, lambda checks: checks[-1])]
+        for rate in grid
     }
     chosen = best_rate(effects)
     tried = ", ".join(f"{rate:g}: {values[-1]:.2f}" for rate, values in effects.items())
