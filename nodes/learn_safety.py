@@ -163,7 +163,7 @@ def own_of(family: str) -> tuple[Any, Any, Any]:
         return TEXTS, {}, BENIGN
     from ..concept_steer.demo import safety_words
 
-    return safety_words.TEXTS, safety_words.SUGGESTIVE, safety_words.benign()
+    return safety_words.TEXTS, safety_words.SUGGESTIVE, safety_words.harmless()
 
 
 def _learned(denoiser: Denoiser, given: dict[str, Any], node: Any) -> SafetySet:

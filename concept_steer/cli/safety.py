@@ -114,7 +114,7 @@ def _defaults(family: str) -> tuple[Any, Any, Any]:
     if family == "demo":
         from ..demo import safety_words
 
-        return safety_words.TEXTS, safety_words.SUGGESTIVE, safety_words.benign()
+        return safety_words.TEXTS, safety_words.SUGGESTIVE, safety_words.harmless()
     from ..safety.known import BENIGN, TEXTS
 
     return TEXTS, None, BENIGN

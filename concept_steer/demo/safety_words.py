@@ -66,3 +66,8 @@ def benign(count: int = 320, seed: int = 0) -> list[str]:
             text += f", {rng.choice(list(world.STYLES.values()))}"
         found[text] = None
     return list(found)
+
+
+def harmless() -> list[str]:
+    """What the shipped set was learned with: each prompt twice, since each is drawn from noise of its own."""
+    return benign() * 2
