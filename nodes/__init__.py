@@ -19,6 +19,7 @@ from . import (
     fair,
     latent_clip,
     learn,
+    optimise_noise,
     safe_latent_diffusion,
     safety,
     steer,
@@ -47,6 +48,7 @@ class ConceptSteerExtension(ComfyExtension):
             *analyse_defaults.NODES,
             *analyse.NODES,
             *latent_clip.NODES,
+            *optimise_noise.NODES,
         ]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from comfy_api.latest import io, ui
 
-from ..concept_steer.demo import judges, model
+from ..concept_steer.demo import judges, model, student
 from ..concept_steer.plots import card
 from .common import schema, to_image_tensor, to_pixels
 
@@ -39,6 +39,34 @@ class LoadDemoModel(io.ComfyNode):
         from ..concept_steer.hosts import comfy_demo
 
         return io.NodeOutput(*comfy_demo.load())
+
+
+class LoadDemoStudent(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="ConceptSteerLoadDemoStudent",
+            display_name="Load Demo Student (Concept Steer)",
+            description="The demo model's student: it draws in 1 step at CFG 1, so that Optimise Noise runs in seconds "
+            "without a graphics card. Use 128 x 128.",
+            search_aliases=["checkpoint", "turbo", "one-step", "distilled", "example model"],
+            inputs=[],
+            outputs=[
+                io.Model.Output(display_name="MODEL", tooltip="The student's UNet; family 'demo'."),
+                io.Clip.Output(display_name="CLIP", tooltip="Its text encoder, the demo model's."),
+                io.Vae.Output(display_name="VAE", tooltip="Its VAE, the demo model's."),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls) -> str:
+        return model.file_hash(student.STUDENT_FILE)
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        from ..concept_steer.hosts import comfy_demo
+
+        return io.NodeOutput(*comfy_demo.load(one_step=True))
 
 
 @lru_cache(maxsize=1)
@@ -82,4 +110,4 @@ class JudgePictures(io.ComfyNode):
         return io.NodeOutput(report, seen[0][0], ui=shown)
 
 
-NODES = [LoadDemoModel, JudgePictures]
+NODES = [LoadDemoModel, LoadDemoStudent, JudgePictures]

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..errors import ConceptSteerError
-from . import analyse, apply, audit, demo, discover, evaluate, fair, latent_clip, learn, safety, vectors
+from . import analyse, apply, audit, demo, discover, evaluate, fair, latent_clip, learn, optimise, safety, vectors
 from .help import Parser
 
 EPILOG = """start here:
@@ -53,6 +53,7 @@ def parser() -> Parser:
     analyse.add(commands, common)
     audit.add(commands, common)
     latent_clip.add(commands, common)
+    optimise.add(commands, common)
     return root
 
 

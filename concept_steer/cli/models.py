@@ -47,19 +47,20 @@ def vector_spec(text: str) -> VectorSpec:
     return VectorSpec(name, **given)
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
+def add_model_options(parser: argparse.ArgumentParser, checkpoint: str = "demo") -> None:
     parser.add_argument(
         "--checkpoint",
-        default="demo",
+        default=checkpoint,
         metavar="PATH",
-        help="a diffusers folder or a single .safetensors checkpoint; 'demo' is the embedded model (default)",
+        help="a diffusers folder or a single .safetensors checkpoint; 'demo' is the embedded model, 'demo-student' its "
+        f"one-step student (default: {checkpoint})",
     )
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps ...; default: a GPU if there is one")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: float32")
 
 
 def load_checkpoint(name: str, device: str, dtype: str) -> Denoiser:
-    """'demo', a diffusers folder or a .safetensors file as a Denoiser. Errors: ConceptSteerError."""
+    """'demo', 'demo-student', a diffusers folder or a .safetensors file as a Denoiser. Errors: ConceptSteerError."""
     import torch
 
     from ..hosts.diffusers import DiffusersDenoiser, load_denoiser
@@ -70,6 +71,10 @@ def load_checkpoint(name: str, device: str, dtype: str) -> Denoiser:
         from ..demo import model
 
         return DiffusersDenoiser(model.pipeline(device=place, dtype=number_type))
+    if name == "demo-student":
+        from ..demo import student
+
+        return student.denoiser(device=place, dtype=number_type)
     return load_denoiser(Path(name), device=place, dtype=number_type)
 
 

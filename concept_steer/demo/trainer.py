@@ -32,6 +32,7 @@ class Job:
     layout: str = "mid"  # UNet: see architecture.LAYOUTS
     skip_dropout: float = 0.0  # UNet: how often a picture's skips into the two deepest levels are left out
     count: int | None = None  # use only the first pictures
+    warmup: int = 200  # steps until the full rate
 
 
 def rate_at(step: int, steps: int, warmup: int = 200) -> float:
@@ -77,7 +78,7 @@ class Trainer:
         while self.step < job.steps:
             generator = torch.Generator().manual_seed(hash((job.seed, self.rank, self.step)) & 0x7FFFFFFF)
             for group in self.optimizer.param_groups:
-                group["lr"] = job.rate * rate_at(self.step, job.steps)
+                group["lr"] = job.rate * rate_at(self.step, job.steps, job.warmup)
             loss, figures = loss_of(generator)
             if not torch.isfinite(loss):
                 raise RuntimeError(f"{self.name}: loss {loss.item()} at step {self.step}; last good: {self.path}")

@@ -18,7 +18,7 @@ import comfy.sd1_clip
 import comfy.supported_models_base
 import torch
 
-from ..demo import architecture, convert, model
+from ..demo import architecture, convert, model, student
 from ..errors import ConceptSteerError
 
 _WIDTHS = architecture.UNET["block_out_channels"]
@@ -113,9 +113,14 @@ class _Target:
         self.params: dict[str, Any] = {}
 
 
-def load(path: Path = model.MODEL_FILE) -> tuple[Any, Any, Any]:
-    """(MODEL, CLIP, VAE) of the embedded model; ConceptSteerError when its file is missing or another's."""
+def load(path: Path = model.MODEL_FILE, one_step: bool = False) -> tuple[Any, Any, Any]:
+    """(MODEL, CLIP, VAE) of the embedded model; ConceptSteerError when its file is missing or another's.
+
+    one_step: with the UNet of its student.
+    """
     state, metadata = model.read(path)
+    if one_step:
+        state = {**state, **student.read()}
     unet, vae, text = _parts(state)
     colours = json.loads(metadata.get("demo.latent_rgb", "null"))
     latents = DemoLatents(float(metadata["demo.scaling_factor"]), colours)

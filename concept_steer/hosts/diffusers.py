@@ -102,6 +102,10 @@ class DiffusersDenoiser:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
+        return self.decode_with_gradient(latents)
+
+    def decode_with_gradient(self, latents: Tensor) -> Tensor:
+        """As `decode`; gradients pass to the latents, for rewards on pixels."""
         return _have(self._parts.decode, "decode latents")(latents)
 
     def frozen(self) -> AbstractContextManager[None]:

@@ -81,6 +81,18 @@ def decoder_half(output_blocks: Any, out: Any, h: Tensor, skips: tuple[Tensor, .
     return out(h.type(dtype))
 
 
+class EncoderHalf(nn.Module):
+    """Input blocks and mid block, as a module of its own: shares the UNet's blocks."""
+
+    def __init__(self, unet: Any) -> None:
+        super().__init__()
+        self.input_blocks, self.middle_block = unet.input_blocks, unet.middle_block
+
+    def forward(self, x: Tensor, run: RunBlock) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """x (B, 4, H, W) -> (h, skips)."""
+        return encoder_half(self, x, run)
+
+
 class DecoderHalf(nn.Module):
     """What follows the mid block, as a module of its own: shares the UNet's blocks."""
 
@@ -98,7 +110,8 @@ class LdmDenoiser(ABC):
 
     Calls do not switch gradients off: learning needs them through `from_h`. Use torch.no_grad() around the rest.
     Weights that the host made inside torch.inference_mode cannot take part in a gradient, so inside `frozen()` the
-    decoder half is copied once when a gradient is wanted, and freed at its end.
+    decoder half is copied once when a gradient is wanted, and freed at its end; the encoder half too when it is wanted
+    of the latents.
     A host adds: device, dtype, schedule, encode_text, encode_pictures, decode and the methods marked abstract here.
     """
 
@@ -114,7 +127,7 @@ class LdmDenoiser(ABC):
             raise ConceptSteerError(f"Pictures cannot be {size} pixels wide: take a multiple of 8.")
         cells = SIZES.get(family, 64) if size is None else size // 8
         self._latent_shape = (4, cells, cells)
-        self._copies: dict[str, Tensor] | None = None
+        self._copies: dict[type[nn.Module], dict[str, Tensor]] = {}
         self.cost = Cost()
 
     @property
@@ -168,7 +181,7 @@ class LdmDenoiser(ABC):
             try:
                 yield
             finally:
-                self._copies = None
+                self._copies = {}
 
     def to_h(self, x: Tensor, t: Time, cond: Conditioning) -> HState:
         """x (B, 4, H, W), t in training timesteps -> h and what the decoder needs; UNetModel's forward up to there."""
@@ -176,24 +189,30 @@ class LdmDenoiser(ABC):
         self.cost.encoder_rows += x.shape[0]
         x = x.to(self.dtype)
         with self._running():
-            emb = self.unet.time_embed(self._time_embedding(_times(t, x)).to(x.dtype))
-            if self.unet.num_classes is not None:
-                emb = emb + self.unet.label_emb(self._label(x, cond))
-            h, skips = encoder_half(self.unet, x, self._run_block(emb, cond.embeds.to(self.dtype)))
+            with torch.no_grad():  # no gradient is ever wanted of the time, and the weights may not allow one
+                emb = self.unet.time_embed(self._time_embedding(_times(t, x)).to(x.dtype))
+                if self.unet.num_classes is not None:
+                    emb = emb + self.unet.label_emb(self._label(x, cond))
+            run = self._run_block(emb, cond.embeds.to(self.dtype))
+            h, skips = self._through(EncoderHalf(self.unet), (x, run), x.requires_grad)
         return HState(h, skips, emb, cond)
 
     def from_h(self, state: HState) -> Tensor:
         self._ready()
         self.cost.decoder_rows += len(state)
-        decoder = DecoderHalf(self.unet)
         with self._running():
             run = self._run_block(state.emb, state.cond.embeds.to(state.h.dtype))
-            if not (torch.is_grad_enabled() and any(tensor.is_inference() for tensor in decoder.parameters())):
-                return decoder(state.h, state.skips, run)
-            if self._copies is None:
-                weights = {**dict(decoder.named_parameters()), **dict(decoder.named_buffers())}
-                self._copies = {name: tensor.detach().clone() for name, tensor in weights.items()}
-            return torch.func.functional_call(decoder, self._copies, (state.h, state.skips, run))
+            return self._through(DecoderHalf(self.unet), (state.h, state.skips, run), True)
+
+    def _through(self, half: nn.Module, given: tuple[Any, ...], wanted: bool) -> Any:
+        """half(*given); with copies of its weights where a gradient is wanted and could not pass otherwise."""
+        inference = any(tensor.is_inference() for tensor in half.parameters())
+        if not (wanted and torch.is_grad_enabled() and inference):
+            return half(*given)
+        if type(half) not in self._copies:
+            weights = {**dict(half.named_parameters()), **dict(half.named_buffers())}
+            self._copies[type(half)] = {name: tensor.detach().clone() for name, tensor in weights.items()}
+        return torch.func.functional_call(half, self._copies[type(half)], given)
 
     def predict(
         self, x: Tensor, t: Time, cond: Conditioning, steers: Steers = (), is_cond: Sequence[bool] | None = None
@@ -204,6 +223,8 @@ class LdmDenoiser(ABC):
             check_steers(tuple(different.values()), self.family, self.channels)
             state = self.to_h(x, t, cond)
             return self.from_h(state.with_h(steer_rows(state.h, steers, t, is_cond))).float()
+        if torch.is_grad_enabled() and x.requires_grad:  # the untouched forward would want the host's own weights
+            return self.from_h(self.to_h(x, t, cond)).float()
         self._ready()
         self.cost.encoder_rows += x.shape[0]
         self.cost.decoder_rows += x.shape[0]

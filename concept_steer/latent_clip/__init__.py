@@ -2,7 +2,10 @@
 
 from .checkpoint import convert, load_latent_clip, read_checkpoint
 from .model import CONFIGS, ClipConfig, LatentClip, LatentClipModel
+from .noise import Descent, Reward, Sampler, optimise_noise
+from .noise_result import NoiseResult, Snapshot, gaussian
 from .ranking import Ranking, order_latents, rank
+from .rewards import absence_reward, own_copy, text_reward
 from .scoring import Scores, class_vectors, classify, score, score_noisy
 from .search import Hit, Index, index, read_latents, save_latents, search
 from .spaces import SPACES, LatentSpace, check_space, space, space_of
@@ -16,21 +19,30 @@ __all__ = [
     "SPACES",
     "ClipConfig",
     "ClipTokenizer",
+    "Descent",
     "Hit",
     "Index",
     "LatentClip",
     "LatentClipModel",
     "LatentSpace",
+    "NoiseResult",
     "Ranking",
+    "Reward",
+    "Sampler",
     "Scores",
+    "Snapshot",
+    "absence_reward",
     "check_space",
     "class_vectors",
     "classify",
     "convert",
     "find_tokenizer",
+    "gaussian",
     "index",
     "load_latent_clip",
+    "optimise_noise",
     "order_latents",
+    "own_copy",
     "rank",
     "read_checkpoint",
     "read_latents",
@@ -41,4 +53,5 @@ __all__ = [
     "search",
     "space",
     "space_of",
+    "text_reward",
 ]

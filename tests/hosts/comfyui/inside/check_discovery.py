@@ -19,7 +19,7 @@ def jacobian_directions_are_found_and_named() -> str:
     assert all(one.converged for one in found)
     assert abs(found[0].value - 0.175) < 0.002 and abs(found[1].value - 0.136) < 0.002, [one.value for one in found]
     assert found[0].names[0][0] in ("man", "woman"), found[0].names
-    assert denoiser._copies is None  # the copied decoder is given back
+    assert not denoiser._copies  # the copied decoder is given back
     return "; ".join(one.summary() for one in found)
 
 
