@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol, cast
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from .denoiser import Conditioning, Denoiser, NoiseSchedule, Steers, steers_of_rows
 from .errors import ConceptSteerError
+from .steering import Steer
 
 Keep = Callable[[int, float, Tensor], None]
 Progress = Callable[[int, int], None]
@@ -58,6 +60,33 @@ class Guide(Protocol):
         ...
 
 
+class WatchRun(Protocol):
+    """One batch of B pictures that is looked at while it is drawn."""
+
+    def look(self, step: int, t: float, clean: Callable[[], Tensor]) -> None:
+        """Called once a step. clean(): what the pictures are about to become, (B, C, H, W) scaled latents, fp32.
+
+        It comes from the step's prediction after guidance; what a gated guide does at this step is not in it yet.
+        """
+        ...
+
+    def stopped(self) -> Sequence[bool]:
+        """For each of the B pictures, whether it is given up."""
+        ...
+
+    def steers(self) -> Sequence[Sequence[Steer]]:
+        """For each of the B pictures, what acts on it beside its own steers from the next step on."""
+        ...
+
+
+class Watch(Protocol):
+    """Looks at what pictures are about to become while they are drawn (a check in the latent, ...)."""
+
+    def begin(self, pictures: range, steps: int) -> WatchRun:
+        """A fresh state for one batch: `pictures` are the numbers of its pictures in the whole call of `sample`."""
+        ...
+
+
 def noise(seed: int, shape: Sequence[int]) -> Tensor:
     """A picture's starting noise, fp32 on the CPU, from its own generator: no batch split or device changes it."""
     return torch.randn(tuple(shape), generator=torch.Generator("cpu").manual_seed(int(seed)), dtype=torch.float32)
@@ -99,6 +128,7 @@ def sample(
     keep: Keep | None = None,
     progress: Progress | None = None,
     guide: Guide | None = None,
+    watch: Watch | None = None,
 ) -> Tensor:
     """Latents (N, C, H, W), fp32, one picture per prompt and seed.
 
@@ -108,6 +138,8 @@ def sample(
     guide: combines the predictions instead of plain guidance; it gets the unconditional rows also at guidance 1, and
     the rows of its own texts, which no steer touches. A gated one's rows are predicted after the pictures' own, in a
     call of theirs, so that the other pictures' batch is as it would be without.
+    watch: looks at every step's estimate of the finished pictures. One that it gives up comes back as zeros; a batch
+    ends early when none of it is left (a smaller batch would change the last bits of the others).
     """
     count = len(prompts)
     if len(seeds) != count:
@@ -135,35 +167,49 @@ def sample(
         else:
             x = start_latents[rows].float()
         x = x.to(denoiser.device)
-        mine: Steers = per_picture[rows]
+        mine = _rows_of(per_picture[rows], uncond is not None)
         batch_cond = cond[rows]
         if uncond is not None:
             batch_cond = Conditioning.cat([uncond.expand(size), batch_cond])
-            mine = [*mine, *mine]
-        mine = mine if any(mine) else ()
         is_cond = [False] * (len(batch_cond) - size) + [True] * size
         run = None if guide is None else guide.begin(range(rows.start, rows.stop), steps, guidance)
         further = None if run is None else _further_rows(denoiser, run, size)
+        watching = None if watch is None else watch.begin(range(rows.start, rows.stop), steps)
         for step, t in enumerate(times):
             if keep is not None:
                 keep(step, t, x)
             inputs = x.to(denoiser.dtype)
             inputs = torch.cat([inputs, inputs]) if uncond is not None else inputs
             if run is not None and not gated:
-                prediction = _guided(denoiser, run, step, t, inputs, batch_cond, further, mine, is_cond)
+                own = prediction = _guided(denoiser, run, step, t, inputs, batch_cond, further, mine, is_cond)
             else:
                 own = prediction = denoiser.predict(inputs, t, batch_cond, mine, is_cond).float()
                 if uncond is not None:
                     free, text = own.chunk(2)
                     prediction = free + guidance * (text - free)
-                if run is not None and unguided is not None:
-                    prediction = _where_open(denoiser, run, step, t, x, own, unguided, further, prediction)
+            if watching is not None:
+                watching.look(step, t, partial(denoiser.schedule.to_x0, x, prediction, t))
+                if all(watching.stopped()):
+                    break
+                acting = zip(per_picture[rows], watching.steers(), strict=True)
+                mine = _rows_of([(*mine_only, *more) for mine_only, more in acting], uncond is not None)
+            if run is not None and gated and unguided is not None:
+                prediction = _where_open(denoiser, run, step, t, x, own, unguided, further, prediction)
             x = ddim_step(denoiser.schedule, x, prediction, t, times[step + 1] if step + 1 < steps else None)
             done += 1
             if progress is not None:
                 progress(done, total)
+        if watching is not None and any(watching.stopped()):
+            x = x.masked_fill(torch.tensor(watching.stopped(), device=x.device).view(-1, 1, 1, 1), 0.0)
+        done = steps * (first // batch + 1)
         finished.append(x)
     return torch.cat(finished)
+
+
+def _rows_of(per_picture: Sequence[Sequence[Steer]], twice: bool) -> Steers:
+    """Of each row of a batch (twice: the unconditional ones before the pictures' own); empty when nothing acts."""
+    rows = [tuple(steers) for steers in per_picture] * (2 if twice else 1)
+    return rows if any(rows) else ()
 
 
 def _further_rows(denoiser: Denoiser, run: GuideRun, size: int) -> Conditioning | None:

@@ -30,9 +30,10 @@ def add(commands: Commands, common: argparse.ArgumentParser) -> None:
         "was\nstopped goes on where it was.",
     )
     below = parser.add_subparsers(title="measurements", metavar="MEASUREMENT", required=True)
-    from . import evaluate_audit, evaluate_safety  # late: they use what this module has
+    from . import evaluate_audit, evaluate_latent_clip, evaluate_safety  # late: they use what this module has
 
-    for add_one in (*MEASUREMENTS, *evaluate_safety.MEASUREMENTS, *evaluate_audit.MEASUREMENTS):
+    others = (evaluate_safety, evaluate_audit, evaluate_latent_clip)
+    for add_one in (*MEASUREMENTS, *(add_one for other in others for add_one in other.MEASUREMENTS)):
         add_one(below, common)
 
 

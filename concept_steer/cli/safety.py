@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConceptSteerError
+from . import latent_check
 from .help import Commands, command, positive
 from .models import add_model_options, bar, draw, load_checkpoint
 from .output import ready_files
@@ -160,6 +161,7 @@ def add_safety_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--on-flag", choices=ON_FLAG, default="mark", help="what becomes of flagged ones (default: mark)"
     )
+    latent_check.add_options(group)
 
 
 class Guard:
@@ -181,7 +183,8 @@ class Guard:
         self.denoiser = denoiser
         self.plan: SafetyPlan = plan(self.settings, denoiser.family, denoiser.channels)
         self.detector: Detector | None = load_detector(args.detector) if args.detector else None
-        self.on = self.plan.acts or self.detector is not None
+        self.look = latent_check.LatentLook(args, denoiser, self.plan) if args.latent_check else None
+        self.on = self.plan.acts or self.detector is not None or self.look is not None
         self.said = self.plan.text() if self.plan.acts else ""
 
     def draw(
@@ -194,6 +197,7 @@ class Guard:
 
         self.plan.firings.reset()
         images = self._drawn(self.plan, prompts, seeds, steers, label, sampling)
+        looked = None if self.look is None else self.look.told
 
         def redraw(picture: int, attempt: int) -> Image:
             stronger = self.plan
@@ -207,7 +211,11 @@ class Guard:
 
         checked = check(images, self.detector, self.settings, redraw, self.plan)
         self.said = checked.report.text()
-        return checked.images, {"safety": checked.report.to_dict()}
+        told = checked.report.to_dict()
+        if looked is not None:
+            self.said += "\n" + looked.text()
+            told["latent_check"] = looked.to_dict()
+        return checked.images, {"safety": told}
 
     def _drawn(
         self,
@@ -218,6 +226,9 @@ class Guard:
         label: str,
         sampling: Any,
     ) -> list[Image]:
+        if self.look is not None:
+            mine = [_of_picture(steers, i) for i in range(len(prompts))]
+            return self.look.draw(plan, prompts, seeds, mine, label, sampling)
         every = [[*_of_picture(steers, i), *plan.steers] for i in range(len(prompts))]
         shared = [*steers, *plan.steers] if _for_all(steers) else every
         return draw(self.denoiser, prompts, seeds, shared, label=label, guide=plan.guidance, **sampling)  # type: ignore[arg-type]

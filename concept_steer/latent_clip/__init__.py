@@ -1,6 +1,8 @@
 """Latent-CLIP (Becker et al. 2503.08455): judge, rank and search pictures in the latent, without decoding."""
 
 from .checkpoint import convert, load_latent_clip, read_checkpoint
+from .guard import LatentDetector, LatentGuard, Limits, calibrate, make_guard
+from .guarded import Guarded, LatentCheck, draw_guarded
 from .model import CONFIGS, ClipConfig, LatentClip, LatentClipModel
 from .noise import Descent, Reward, Sampler, optimise_noise
 from .noise_result import NoiseResult, Snapshot, gaussian
@@ -20,11 +22,16 @@ __all__ = [
     "ClipConfig",
     "ClipTokenizer",
     "Descent",
+    "Guarded",
     "Hit",
     "Index",
+    "LatentCheck",
     "LatentClip",
     "LatentClipModel",
+    "LatentDetector",
+    "LatentGuard",
     "LatentSpace",
+    "Limits",
     "NoiseResult",
     "Ranking",
     "Reward",
@@ -32,14 +39,17 @@ __all__ = [
     "Scores",
     "Snapshot",
     "absence_reward",
+    "calibrate",
     "check_space",
     "class_vectors",
     "classify",
     "convert",
+    "draw_guarded",
     "find_tokenizer",
     "gaussian",
     "index",
     "load_latent_clip",
+    "make_guard",
     "optimise_noise",
     "order_latents",
     "own_copy",
