@@ -50,7 +50,7 @@ class LearnResult:
             lines.append(f"It reproduces {self.explained:.0%} of the prompt's own effect on unseen seeds.")
             if self.without_map is not None:
                 lines.append(f"It is a map (C, H, W): one value per channel reproduces only {self.without_map:.0%}.")
-            elif self.explained < FULL and self.vector.tensor.ndim == 1:
+            elif self.explained < FULL and self.vector.tensor.ndim == 1 and self.method != "score":  # which tries one
                 lines.append("A map (C, H, W) may reach more: what it shows may sit at a place, as a smile does.")
         if self.separation is not None:
             two = "pictures with and without it" if self.method == "pictures" else "the two prompts"

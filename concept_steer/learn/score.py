@@ -224,9 +224,11 @@ def _with_map_if_needed(
     """What is kept, what one value per channel explained if a map took its place, and how it ended."""
     descent = fit(spatial)
     explained, ending = 1 - descent.best.loss, descent.ending
-    unasked = stop is None or not stop()
-    if spatial or explained >= map_below or not ending.over or ending.spoiled or not unasked:
+    if spatial or explained >= map_below or not ending.over or ending.spoiled:
         return descent, None, ending.stopped
+    if stop is not None and stop():
+        kept = replace(descent, ending=replace(ending, over=False))  # the map is tried when it goes on
+        return kept, None, f"{ending.stopped}; stopped by request before a map was tried"
     try:
         other = fit(True, before=len(descent.losses))
     except (LearnError, RuntimeError, MemoryError) as error:  # what is learned already must not be lost

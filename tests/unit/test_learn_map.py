@@ -62,6 +62,7 @@ def test_a_map_that_explains_no_more_is_not_kept(denoiser):
     assert torch.equal(tried.vector.tensor, alone.vector.tensor)
     assert tried.without_map is None
     assert "a map was tried too" in tried.stopped and "explains no more" in tried.stopped
+    assert "may reach more" not in tried.summary()
 
 
 @pytest.mark.parametrize("below", [0.0, 0.1])
@@ -110,6 +111,22 @@ def test_interrupt_keeps_what_is_there(denoiser, flat, mapped, asked_at):
     if asked_at == STEPS:
         assert torch.equal(result.vector.tensor, flat.vector.tensor)
     assert result.explained <= (mapped if asked_at > STEPS else flat).explained
+
+
+def test_a_run_interrupted_before_the_map_goes_on_with_it(denoiser, flat, mapped, tmp_path):
+    seen, file = [], tmp_path / "v.checkpoint"
+    stopped = learn_score(
+        denoiser,
+        PAIRS,
+        **ALWAYS,
+        checkpoint=file,
+        progress=lambda *told: seen.append(told),
+        stop=lambda: len(seen) >= STEPS,
+    )
+    assert torch.equal(stopped.vector.tensor, flat.vector.tensor)
+    assert "before a map was tried" in stopped.stopped and file.exists()
+    assert torch.equal(learn_score(denoiser, PAIRS, **ALWAYS, checkpoint=file).vector.tensor, mapped.vector.tensor)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_map_that_memory_is_too_small_for_costs_nothing_but_itself(denoiser, flat, monkeypatch):
