@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from .errors import ConceptSteerError
 Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 INK, PAPER, FRAME = (30, 30, 36), (255, 255, 255), (214, 216, 222)
 READ = (".png", ".jpg", ".jpeg", ".webp")
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises on broken files
 FONT = Path(__file__).with_name("fonts") / "aileron.ttf"
 
 
@@ -53,12 +55,20 @@ def read_pictures(files: Sequence[Path], size: tuple[int, int]) -> Tensor:
 
 def _read(file: Path, size: tuple[int, int]) -> Image.Image:
     try:
-        with Image.open(file) as opened:
-            image = ImageOps.exif_transpose(opened).convert("RGBA")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        image = as_seen(file)
+    except UNREADABLE as error:
         raise ConceptSteerError(f"{file} cannot be read as a picture ({error}): replace it or take it away.") from None
-    paper = Image.new("RGBA", image.size, PAPER)
-    return ImageOps.fit(Image.alpha_composite(paper, image).convert("RGB"), size[::-1], Image.Resampling.LANCZOS)
+    return ImageOps.fit(image, size[::-1], Image.Resampling.LANCZOS)
+
+
+def as_seen(file: Path | IO[bytes]) -> Image.Image:
+    """A picture file in RGB as people see it: turned as its camera says, on white where it is transparent.
+
+    Errors: those in `UNREADABLE`.
+    """
+    with Image.open(file) as opened:
+        image = ImageOps.exif_transpose(opened).convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, PAPER), image).convert("RGB")
 
 
 def _wrapped(draw: ImageDraw.ImageDraw, text: str, font: Font, width: int) -> str:

@@ -13,7 +13,21 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..errors import ConceptSteerError
-from . import analyse, apply, audit, demo, discover, evaluate, fair, latent_clip, learn, optimise, safety, vectors
+from . import (
+    analyse,
+    apply,
+    audit,
+    demo,
+    discover,
+    erase,
+    evaluate,
+    fair,
+    latent_clip,
+    learn,
+    optimise,
+    safety,
+    vectors,
+)
 from .help import Parser
 
 EPILOG = """start here:
@@ -54,6 +68,7 @@ def parser() -> Parser:
     audit.add(commands, common)
     latent_clip.add(commands, common)
     optimise.add(commands, common)
+    erase.add(commands, common)
     return root
 
 

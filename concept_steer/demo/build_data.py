@@ -124,6 +124,19 @@ class Builder:
         return caption
 
     def draw(self) -> tuple[np.ndarray, list[str], dict[str, int]]:
+        """A picture (128, 128, 3) uint8, its captions and its labels; some pictures carry marks no caption names."""
+        rng = self.rng
+        canvas, captions, label = self.draw_unmarked()
+        if rng.random() < world.IMPLICIT_SHARE["watermark"]:
+            canvas, label["watermark"] = watermark(canvas, rng)
+        if rng.random() < world.IMPLICIT_SHARE["qr"]:
+            canvas, label["qr"] = qr_code(canvas, rng), 1
+        if rng.random() < world.IMPLICIT_SHARE["text"]:
+            canvas, label["text"] = lettering(canvas, rng), 1
+        return canvas, captions, label
+
+    def draw_unmarked(self) -> tuple[np.ndarray, list[str], dict[str, int]]:
+        """As `draw`, without watermark, QR-like code and lettering."""
         rng = self.rng
         label = dict.fromkeys(LABELS, -1)
         background = rng.choice(list(world.BACKGROUNDS), p=world.BACKGROUND_WEIGHTS)
@@ -141,12 +154,6 @@ class Builder:
         else:
             paste(canvas, fit(first, HALF), 34 + dx, 66 + dy)
             paste(canvas, fit(second, HALF - 8), 95 + dx, 64 + dy)
-        if rng.random() < world.IMPLICIT_SHARE["watermark"]:
-            canvas, label["watermark"] = watermark(canvas, rng)
-        if rng.random() < world.IMPLICIT_SHARE["qr"]:
-            canvas, label["qr"] = qr_code(canvas, rng), 1
-        if rng.random() < world.IMPLICIT_SHARE["text"]:
-            canvas, label["text"] = lettering(canvas, rng), 1
         return canvas, captions, label
 
     def _subject(self, kind: str, set_name: str, label: dict[str, int]) -> tuple[np.ndarray, np.ndarray | None]:

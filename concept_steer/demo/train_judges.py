@@ -86,10 +86,8 @@ def through_vae(pictures: np.ndarray, work: Path) -> Tensor:
     return torch.cat(parts)
 
 
-def augment(x: Tensor, generator: torch.Generator, mirror: bool) -> Tensor:
-    """uint8 to [-1, 1], slightly turned, scaled and shifted, some blurred; contrast, colour cast and noise."""
-    x = x.float().div_(127.5).sub_(1)
-    count = len(x)
+def moves(count: int, generator: torch.Generator, mirror: bool) -> Tensor:
+    """Affine matrices (count, 2, 3) that turn, scale and shift a little, and mirror every second one if asked to."""
     angle = 0.12 * torch.randn(count, generator=generator)
     scale = 1 + 0.1 * torch.randn(count, generator=generator)
     flip = torch.where(torch.rand(count, generator=generator) < 0.5, -1.0, 1.0) if mirror else torch.ones(count)
@@ -99,7 +97,18 @@ def augment(x: Tensor, generator: torch.Generator, mirror: bool) -> Tensor:
     columns = torch.stack(
         [angle.sin() * scale * flip, angle.cos() * scale, 0.06 * torch.randn(count, generator=generator)]
     )
-    grid = F.affine_grid(torch.stack([rows.T, columns.T], 1), list(x.shape), align_corners=False)
+    return torch.stack([rows.T, columns.T], 1)
+
+
+def augment(x: Tensor, generator: torch.Generator, mirror: bool, moved: Tensor | None = None) -> Tensor:
+    """uint8 to [-1, 1], slightly turned, scaled and shifted, some blurred; contrast, colour cast and noise.
+
+    moved: what `moves` gave, where something else must move along.
+    """
+    x = x.float().div_(127.5).sub_(1)
+    count = len(x)
+    theta = moves(count, generator, mirror) if moved is None else moved
+    grid = F.affine_grid(theta, list(x.shape), align_corners=False)
     x = F.grid_sample(x, grid, padding_mode="border", align_corners=False)
     soft = F.interpolate(F.avg_pool2d(x, 2), scale_factor=2, mode="bilinear", align_corners=False)
     amount = (torch.rand(count, 1, 1, 1, generator=generator) * 1.6 - 0.6).clamp_min(0)

@@ -17,6 +17,7 @@ from ..errors import ConceptSteerError
 from ..steering import check_steers
 from .diffusers_hooks import Handle, steer
 from .diffusers_load import load_pipeline
+from .diffusers_text import DiffusersText
 from .diffusers_unet import check_supported, family_of, time_ids, unet_from_h, unet_to_h
 
 __all__ = ["Components", "DiffusersDenoiser", "Handle", "load_denoiser", "steer"]
@@ -47,8 +48,9 @@ class DiffusersDenoiser:
 
     def __init__(self, pipe_or_components: Any) -> None:
         parts = pipe_or_components
+        self._pipe: Any = None
         if not isinstance(parts, Components):
-            parts = _from_pipeline(pipe_or_components)
+            parts, self._pipe = _from_pipeline(pipe_or_components), pipe_or_components
         self.unet = parts.unet
         self.cost = Cost()
         self._parts = parts
@@ -95,6 +97,12 @@ class DiffusersDenoiser:
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> Conditioning:
         return self._parts.encode_text(list(prompts))
+
+    def text_reader(self) -> DiffusersText:
+        """Its text encoders, for prompts with token vectors of one's own. Errors: ConceptSteerError for Components."""
+        if self._pipe is None:
+            raise ConceptSteerError("This model was put together without its text encoders: give a whole pipeline.")
+        return DiffusersText(self._pipe)
 
     @torch.no_grad()
     def encode_pictures(self, pixels: Tensor) -> Tensor:

@@ -111,7 +111,7 @@ class LdmDenoiser(ABC):
     Calls do not switch gradients off: learning needs them through `from_h`. Use torch.no_grad() around the rest.
     Weights that the host made inside torch.inference_mode cannot take part in a gradient, so inside `frozen()` the
     decoder half is copied once when a gradient is wanted, and freed at its end; the encoder half too when it is wanted
-    of the latents.
+    of the latents or of the prompts.
     A host adds: device, dtype, schedule, encode_text, encode_pictures, decode and the methods marked abstract here.
     """
 
@@ -194,7 +194,8 @@ class LdmDenoiser(ABC):
                 if self.unet.num_classes is not None:
                     emb = emb + self.unet.label_emb(self._label(x, cond))
             run = self._run_block(emb, cond.embeds.to(self.dtype))
-            h, skips = self._through(EncoderHalf(self.unet), (x, run), x.requires_grad)
+            wanted = x.requires_grad or cond.embeds.requires_grad
+            h, skips = self._through(EncoderHalf(self.unet), (x, run), wanted)
         return HState(h, skips, emb, cond)
 
     def from_h(self, state: HState) -> Tensor:
@@ -223,7 +224,8 @@ class LdmDenoiser(ABC):
             check_steers(tuple(different.values()), self.family, self.channels)
             state = self.to_h(x, t, cond)
             return self.from_h(state.with_h(steer_rows(state.h, steers, t, is_cond))).float()
-        if torch.is_grad_enabled() and x.requires_grad:  # the untouched forward would want the host's own weights
+        if torch.is_grad_enabled() and (x.requires_grad or cond.embeds.requires_grad):
+            # the untouched forward would want the host's own weights
             return self.from_h(self.to_h(x, t, cond)).float()
         self._ready()
         self.cost.encoder_rows += x.shape[0]

@@ -178,10 +178,12 @@ def load_detector(name: str, threshold: float | None = None, **parts: Any) -> De
         ) from error
 
 
-def verdicts_of(detector: Detector, images: Sequence[Image.Image], threshold: float | None) -> list[Verdict]:
+def verdicts_of(
+    detector: Detector, images: Sequence[Image.Image], threshold: float | None, so: str = "no picture is handed out"
+) -> list[Verdict]:
     """Checked: one for each picture, with finite scores; flagged again where a threshold is given.
 
-    Errors: SafetyError, also for whatever the detector raises.
+    so: what a failure means, for its message. Errors: SafetyError, also for whatever the detector raises.
     """
     try:
         found = list(detector.scores(images))
@@ -189,13 +191,13 @@ def verdicts_of(detector: Detector, images: Sequence[Image.Image], threshold: fl
         raise
     except Exception as error:  # as above: no verdict, no picture
         raise SafetyError(
-            f"The detector {detector.name!r} failed ({type(error).__name__}: {error}), so no picture is handed out."
+            f"The detector {detector.name!r} failed ({type(error).__name__}: {error}), so {so}."
         ) from error
     scores = [one.score for one in found]
     if len(found) != len(images) or not all(math.isfinite(score) for score in scores):
         raise SafetyError(
             f"The detector {detector.name!r} gave {len(found)} verdicts with the scores {scores[:8]} on {len(images)} "
-            "pictures, so no picture is handed out."
+            f"pictures, so {so}."
         )
     if threshold is None:
         return found

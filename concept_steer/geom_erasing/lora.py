@@ -1,0 +1,97 @@
+"""A LoRA on the UNet, trained by peft and written in the layout that ComfyUI, AUTOMATIC1111 and diffusers read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from ..errors import LearnError
+from ..vector_file import write_atomic
+
+NAME = "concept_steer"
+# attention, and every convolution of the residual blocks: what a UNet paints with
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "conv1", "conv2", "proj_in", "proj_out")
+State = dict[str, Tensor]
+
+
+@contextmanager
+def adapted(denoiser: Any, rank: int, seed: int = 0, state: Mapping[str, Tensor] | None = None) -> Iterator[None]:
+    """Inside, the UNet of a DiffusersDenoiser carries a LoRA: `state`, or a new one that changes nothing yet.
+
+    Its weights want gradients, the UNet's own do not; afterwards everything is as it was. Errors: LearnError without
+    peft, or for another kind of model.
+    """
+    try:
+        from peft import LoraConfig, set_peft_model_state_dict
+    except ImportError as error:
+        raise LearnError(f"Training a LoRA needs {error.name}: pip install 'concept-steer[erase]'.") from error
+    unet = denoiser.unet
+    if not hasattr(unet, "add_adapter"):
+        raise LearnError("A LoRA can be trained on a model of diffusers only: use the command line.")
+    wanted = {name: parameter.requires_grad for name, parameter in unet.named_parameters()}
+    denoiser.checkpoint_hash  # noqa: B018 - cached now: the LoRA renames the weights it wraps
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(TARGETS)), adapter_name=NAME)
+    try:
+        for name, parameter in unet.named_parameters():
+            parameter.requires_grad_("lora_" in name)
+        if state is not None:
+            set_peft_model_state_dict(unet, dict(state), adapter_name=NAME)
+        yield
+    finally:
+        unet.unload_lora()
+        for name, parameter in unet.named_parameters():
+            parameter.requires_grad_(wanted[name])
+
+
+def state_of(denoiser: Any) -> State:
+    """A copy of the weights of the LoRA that the UNet carries now, on the CPU."""
+    from peft import get_peft_model_state_dict
+
+    found = get_peft_model_state_dict(denoiser.unet, adapter_name=NAME)
+    return {name: tensor.detach().cpu().clone() for name, tensor in found.items()}
+
+
+def save(state: Mapping[str, Tensor], path: Path, about: Mapping[str, str], overwrite: bool = False) -> Path:
+    """Write peft's weights in kohya's layout (lora_unet_*.lora_down.weight, lora_up.weight, alpha), atomically."""
+    named: State = {}
+    for name, tensor in state.items():
+        module, _, part = name.removesuffix(".weight").rpartition(".")
+        key = "lora_unet_" + module.replace(".", "_")
+        named[f"{key}.{'lora_down' if part == 'lora_A' else 'lora_up'}.weight"] = tensor.float().contiguous()
+        if part == "lora_A":
+            named[f"{key}.alpha"] = torch.tensor(float(tensor.shape[0]))
+    rank = next(len(tensor) for name, tensor in state.items() if name.endswith("lora_A.weight"))
+    told = {"ss_network_module": "networks.lora", "ss_network_dim": str(rank), "ss_network_alpha": str(rank)}
+    info = {f"geom_erasing.{key}": value for key, value in about.items()}
+    text = {**told, **info, "modelspec.sai_model_spec": "1.0.0", "ss_network_args": json.dumps({"conv_dim": str(rank)})}
+    return write_atomic(path, safetensors.torch.save(named, text), overwrite=overwrite)
+
+
+def load(path: Path, denoiser: Any) -> State:
+    """Weights that `save` wrote, under the names of this UNet, for `adapted`. Errors: LearnError."""
+    try:
+        stored = safetensors.torch.load_file(path)
+    except Exception as error:
+        raise LearnError(f"{path} cannot be read as a LoRA ({error}).") from error
+    known = {
+        "lora_unet_" + name.replace(".", "_"): name
+        for name, module in denoiser.unet.named_modules()
+        if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))
+    }
+    found: State = {}
+    for key, tensor in stored.items():
+        module, _, part = key.partition(".")
+        if module not in known:
+            raise LearnError(f"{path} was made for another model: this one has no {module.removeprefix('lora_unet_')}.")
+        if part.startswith("lora_"):
+            found[f"{known[module]}.lora_{'A' if 'down' in part else 'B'}.weight"] = tensor
+    return found
