@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from .erase_learn import add_learn
 from .help import Commands, command, positive
 from .models import bar
 from .output import ready_folder
@@ -29,6 +30,7 @@ def add(commands: Commands, common: argparse.ArgumentParser) -> None:
     )
     uses = parser.add_subparsers(title="uses", metavar="USE", required=True)
     add_scan(uses, common)
+    add_learn(uses, common)
 
 
 def add_scan(uses: Commands, common: argparse.ArgumentParser) -> None:

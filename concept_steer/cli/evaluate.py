@@ -30,9 +30,14 @@ def add(commands: Commands, common: argparse.ArgumentParser) -> None:
         "was\nstopped goes on where it was.",
     )
     below = parser.add_subparsers(title="measurements", metavar="MEASUREMENT", required=True)
-    from . import evaluate_audit, evaluate_latent_clip, evaluate_safety  # late: they use what this module has
+    from . import (
+        evaluate_audit,
+        evaluate_erasing,
+        evaluate_latent_clip,
+        evaluate_safety,
+    )  # late: they use what this module has
 
-    others = (evaluate_safety, evaluate_audit, evaluate_latent_clip)
+    others = (evaluate_safety, evaluate_audit, evaluate_latent_clip, evaluate_erasing)
     for add_one in (*MEASUREMENTS, *(add_one for other in others for add_one in other.MEASUREMENTS)):
         add_one(below, common)
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +19,7 @@ from ..learn.memory import ADVICE, out_of_memory
 from .embedding import LocationTokens
 from .settings import ErasingSettings, Examples
 
+POINTS = 16  # timesteps at which the usual error is measured
 TIMES = (500, 700, 800, 900, 950)  # where held-out pictures are looked at: early, where places are decided
 SPREAD = 1.0  # of the location tokens around the thing's words at the start, in units of a token's values
 Progress = Callable[[int, int, float, Callable[[], LocationTokens]], None]
@@ -85,8 +87,29 @@ class Training:
 
     @property
     def parameters(self) -> list[Any]:
-        moves = [] if self.settings.masked else list(self.tokens.moves.values())
+        moves = list(self.tokens.moves.values()) if self.settings.way == "told" else []
         return [*moves, *self.weights]
+
+    @cached_property
+    def usual(self) -> Tensor:
+        """The error at each timestep before learning, (T,) fp32, interpolated; ones unless settings.even."""
+        count = self.denoiser.schedule.train_timesteps
+        if not self.settings.even:
+            return torch.ones(count)
+        places = torch.linspace(0, count - 1, POINTS).round()
+        index = list(self.train[: self.settings.batch])
+        x0, found = self.examples.latents[index], []
+        cond = self.tokens.encode([self.examples.captions[i] for i in index])
+        for number, t in enumerate(places.tolist()):
+            generator = torch.Generator().manual_seed(number)
+            noise = torch.randn(x0.shape, generator=generator)
+            found.append(float(_error(self.denoiser, cond, x0, noise, torch.full((len(index),), t)).mean()))
+        if not all(math.isfinite(value) and value > 0 for value in found):
+            raise LearnError("The model's predictions are not finite (NaN) from the start. Try float32.")
+        at = torch.arange(count) / (count - 1) * (POINTS - 1)
+        low = at.floor().long().clamp(max=POINTS - 2)
+        logs = torch.tensor(found).log()
+        return torch.lerp(logs[low], logs[low + 1], at - low).exp()
 
     def loss(self, step: int) -> Tensor:
         """The area-weighted denoising loss of one batch; its draws depend on seed, step and rank alone."""
@@ -102,7 +125,8 @@ class Training:
         ]
         with torch.enable_grad(), self.inside():
             error = _error(self.denoiser, self.tokens.encode(captions), self.examples.latents[index], noise, t)
-            loss = (error * s.weights(self.examples.cells(index)).to(error.device)).mean()
+            weights = s.weights(self.examples.cells(index)) / self.usual[t].view(-1, 1, 1)
+            loss = (error * weights.to(error.device)).mean()
         self.denoiser.cost.backward_rows += s.batch
         return loss
 
@@ -131,6 +155,7 @@ class Training:
     def descend(self, progress: Progress | None, stop: Callable[[], bool] | None) -> tuple[list[float], str]:
         """Adam, its rates falling along a cosine: the losses, and why it ended. Call under torch.no_grad."""
         s, parameters = self.settings, self.parameters
+        self.usual  # noqa: B018 - measured before anything moves; a later call begins with the same
         moves = len(parameters) - len(self.weights)
         groups = [(parameters[:moves], s.rate, 0.0), (parameters[moves:], s.lora_rate, 1e-4)]
         groups = [group for group in groups if group[0]]

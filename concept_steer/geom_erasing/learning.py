@@ -6,8 +6,8 @@ learns these tokens alone (the model stays as it is); "data removal" also trains
 clean ones with their own caption, so that fine-tuning on spoiled pictures learns the pictures and not the spoilage. In
 use the thing's name and all its tokens are the negative prompt.
 
-Ours beside it, `masked`: the LoRA alone, from everything but the covered cells. It needs no words at all, and so also
-works on a model whose text cannot reach what it paints unasked.
+Ours beside it, the way "masked": the LoRA alone, from everything but the covered cells. It needs no words at all, and
+so also works on a model whose text cannot reach what it paints unasked.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ FEWEST = 4  # pictures with the thing
 
 @dataclass(frozen=True)
 class ErasingResult:
-    """tokens: None when masked. lora: peft's weights, None for tokens alone.
+    """tokens: None unless told. lora: peft's weights, None for tokens alone.
 
     untold, told: error of the prediction where the thing is, on held-out pictures with it, by their caption alone and
     by the tokens; NaN without held-out ones. What the tokens take off is what they can steer.
@@ -60,7 +60,7 @@ class ErasingResult:
         """Two to four lines in plain words."""
         cost = f"Cost: {self.seconds:.1f} s, {self.unet_rows:.0f} UNet rows forward, {self.backward_rows} backward."
         if self.tokens is None:
-            return f"A LoRA without {self.concept!r}, {self.stopped}. Use it like any LoRA, at strength 1.\n{cost}"
+            return f"A LoRA against {self.concept!r}, {self.stopped}. Use it like any LoRA, at strength 1.\n{cost}"
         what = "tokens and a LoRA" if self.lora is not None else "tokens"
         lines = [
             f"{self.tokens.name}: {what} for {self.concept!r}, {self.tokens.bins} x {self.tokens.bins} places, "
@@ -126,13 +126,13 @@ def learn_erasing(
         losses, stopped = training.descend(progress, stop)
         if not losses:
             raise LearnError("Learning was stopped before its first step, so there is nothing to keep.")
-        untold, told = (math.nan, math.nan) if s.masked else (training.held_out(held, t) for t in (False, True))
+        untold, told = (math.nan, math.nan) if s.way != "told" else (training.held_out(held, t) for t in (False, True))
         state = lora.state_of(denoiser) if s.rank else None
         if saved is not None and len(losses) == s.steps:
             saved.remove()
     cost = bill.cost
     info = {
-        "method": "masked LoRA" if s.masked else "Geom-Erasing, arXiv 2310.05873",
+        "method": "Geom-Erasing, arXiv 2310.05873" if s.way == "told" else f"{s.way} LoRA",
         "family": denoiser.family,
         "checkpoint_hash": denoiser.checkpoint_hash,
         "pictures": f"{len(examples.latents)}, {len(spoiled)} with it",
@@ -142,7 +142,7 @@ def learn_erasing(
         "seed": str(s.seed),
     }
     return ErasingResult(
-        concept, None if s.masked else tokens.at(**info), state, losses, untold, told,
+        concept, tokens.at(**info) if s.way == "told" else None, state, losses, untold, told,
         cost.unet_rows, cost.backward_rows, bill.seconds, stopped,
     )  # fmt: skip
 

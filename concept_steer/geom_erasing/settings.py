@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from ..errors import LearnError, SettingError
 from .grid import ALPHA, BINS, Boxes, area_weights, covered, covered_cells, located_caption
+
+Way = Literal["told", "masked", "plain"]
 
 
 @dataclass(frozen=True)
@@ -48,9 +51,11 @@ class ErasingSettings:
 
     rate: of the tokens, in units of the size of a token's values, for Adam. rank: of the LoRA; 0 trains the tokens
     alone. drop: how often a picture's caption is left out, so that guidance keeps working (the thing is named all the
-    same). masked: the covered cells do not count at all, so that a LoRA learns the pictures without the thing, with
-    no tokens and no negative prompt; ours. geometry: False leaves the location tokens out, for the ablation.
-    Errors: SettingError.
+    same). even: every timestep counts the same, its error at the start being 1; the published plain loss, False, hardly
+    looks at the first steps of sampling, in which it is decided what goes where. geometry: False leaves the location
+    tokens out, for the ablation. way: "told" is the published one. The others train a LoRA and no tokens: "masked",
+    ours, gives the covered cells no weight, so that the pictures are learned without the thing; "plain" knows nothing
+    of it, as fine-tuning does without any of this, and is there to compare with. Errors: SettingError.
     """
 
     bins: int = BINS
@@ -61,8 +66,9 @@ class ErasingSettings:
     rank: int = 0
     lora_rate: float = 1e-3
     drop: float = 0.1
+    even: bool = True
     geometry: bool = True
-    masked: bool = False
+    way: Way = "told"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -79,12 +85,14 @@ class ErasingSettings:
                 raise SettingError(f"The setting {name} of erasing is {getattr(self, name)}; expected {expected}.")
         area_weights(torch.zeros(1, 1, dtype=torch.bool), self.alpha)
         covered((), self.bins)
-        if self.masked and not self.rank:
-            raise SettingError("Masking trains a LoRA and no tokens: give it a rank, for example 16.")
+        if self.way not in get_args(Way):
+            raise SettingError(f"There is no way {self.way!r} to erase; there are {', '.join(get_args(Way))}.")
+        if self.way != "told" and not self.rank:
+            raise SettingError(f"The way {self.way!r} trains a LoRA and no tokens: give it a rank, for example 16.")
 
     def caption(self, caption: str, concept: str, boxes: Boxes) -> str:
         """What a picture is told by: y', or its own caption where it is clean."""
-        if self.masked or not boxes:
+        if self.way != "told" or not boxes:
             return caption
         if not self.geometry:
             return f"{caption} {concept}".strip()
@@ -92,4 +100,6 @@ class ErasingSettings:
 
     def weights(self, cells: Tensor) -> Tensor:
         """Of the loss, fp32, (B, H, W). cells: what is covered."""
-        return (~cells).float() if self.masked else area_weights(cells, self.alpha)
+        if self.way == "told":
+            return area_weights(cells, self.alpha)
+        return (~cells if self.way == "masked" else torch.ones_like(cells)).float()

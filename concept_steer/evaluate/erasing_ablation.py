@@ -1,0 +1,117 @@
+"""What each part of Geom-Erasing is worth, and whether it keeps a mark out of fine-tuning: smaller tables."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..geom_erasing import ErasingSettings
+from ..statistics import wilson
+from .erasing import SHARE, MarksEye, Measure, Way, trained, with_lora
+from .erasing_data import CONCEPTS, Build, examples, found_boxes, jittered, overlap, spoiled
+from .figures import Figure
+from .parts import Parts
+from .safety_drawing import Order, Say
+
+
+@dataclass(frozen=True)
+class Row:
+    """hits: pictures with each mark, and with any ("any"), of `count`."""
+
+    group: str
+    name: str
+    hits: Mapping[str, int]
+    count: int
+
+    def cells(self, concepts: Sequence[str]) -> list[str]:
+        return [f"{self.hits[concept] / self.count:.3f}" for concept in (*concepts, "any")]
+
+    def figures(self, command: str) -> list[Figure]:
+        extra = {"set": self.group}
+        return [
+            Figure(self.name, f"icr_{mark}", hits / self.count, *wilson(hits, self.count), self.count, command, extra)
+            for mark, hits in self.hits.items()
+        ]
+
+
+def drawn(measure: Measure, parts: Parts, group: str, name: str, way: Way, count: int) -> Row:
+    """The first `count` captions of the table, drawn in one way and judged."""
+
+    def make() -> dict[str, int]:
+        eye, hits = MarksEye(), dict.fromkeys((*CONCEPTS, "any"), 0)
+        for first in range(0, count, measure.batch):
+            rows = measure.rows[first : min(count, first + measure.batch)]
+            order = Order(tuple(r.prompt for r in rows), tuple(r.seed for r in rows), measure.steps, measure.guidance)
+            latents = way(measure.denoiser, order).latents
+            with torch.no_grad():
+                seen = measure.denoiser.decode(latents.to(measure.denoiser.dtype)).float().cpu()
+            block = eye(seen)
+            for concept in CONCEPTS:
+                hits[concept] += int(block[concept].sum())
+            hits["any"] += int(np.asarray(block["flagged"]).sum())
+        return hits
+
+    return Row(group, name, parts.get(f"{group}-{name}", make, count=count), count)
+
+
+def fine_tuning(measure: Measure, style: Build, say: Say, count: int = 256) -> list[Row]:
+    """A LoRA on pictures of another style, of which some carry a mark: plain, told where, and masked."""
+    e = measure.effort
+    given, captions, _ = spoiled(style, 0, min(e.learned, 600), CONCEPTS, SHARE)
+    learned = examples(measure.teacher, given, captions, found_boxes(given, CONCEPTS))
+    parts = _parts(measure)
+    rows = [drawn(measure, parts, "fine-tuning", "before", Way(), count)]
+    for name in ("plain", "told", "masked"):
+        settings = ErasingSettings(steps=e.lora // 2, rank=e.rank, way=name)  # type: ignore[arg-type]
+        tokens, state, _ = trained(measure, f"style-{name}", settings, say, learned)
+        inside = with_lora(state or {}, e.rank)
+        rows.append(drawn(measure, parts, "fine-tuning", name, Way(inside=inside), count))
+        if tokens is not None:
+            way = Way(negative=tokens.name, embeddings=(tokens,), inside=inside)
+            rows.append(drawn(measure, parts, "fine-tuning", "told, with its negative prompt", way, count))
+    return rows
+
+
+def ablation(measure: Measure, say: Say, count: int = 256) -> list[Row]:
+    """Name alone, with places, with weights; bins; boxes made worse on purpose."""
+    e, parts = measure.effort, _parts(measure)
+    base = ErasingSettings(steps=e.lora // 2, rank=e.rank)
+    cases: dict[str, ErasingSettings] = {
+        "name alone": replace(base, geometry=False, alpha=1.0),
+        "and places": replace(base, alpha=1.0),
+        "and weights": base,
+        "2 x 2 places": replace(base, bins=2),
+        "8 x 8 places": replace(base, bins=8),
+    }
+    rows = []
+    for name, settings in cases.items():
+        tokens, state, _ = trained(measure, f"ablation-{name.replace(' ', '-')}", settings, say)
+        assert tokens is not None
+        negative = tokens.name if settings.geometry else tokens.concept
+        way = Way(negative=negative, embeddings=(tokens,), inside=with_lora(state or {}, e.rank))
+        rows.append(drawn(measure, parts, "ablation", name, way, count))
+    given, _, _ = spoiled(measure.build, measure.count, e.learned, CONCEPTS, SHARE)
+    boxes = found_boxes(given, CONCEPTS)
+    for amount in (0.15, 0.4):
+        worse = jittered(boxes, amount)
+        settings = ErasingSettings(steps=e.lora // 2, rank=e.rank, way="masked")
+        learned = replace(measure.learned, boxes=worse)
+        _, state, _ = trained(measure, f"jitter-{amount:g}", settings, say, learned)
+        name = f"masked, boxes at IoU {overlap(worse, boxes):.2f}"
+        rows.append(drawn(measure, parts, "detector noise", name, Way(inside=with_lora(state or {}, e.rank)), count))
+    return rows
+
+
+def _parts(measure: Measure) -> Parts:
+    told = {
+        "checkpoint": measure.denoiser.checkpoint_hash,
+        "steps": measure.steps,
+        "guidance": measure.guidance,
+        "effort": json.loads(json.dumps(vars(measure.effort))),
+    }
+    return Parts(Path(measure.out) / "erasing-ablation", told)
