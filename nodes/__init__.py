@@ -18,6 +18,7 @@ from . import (
     discover,
     fair,
     latent_clip,
+    latent_guard,
     learn,
     optimise_noise,
     safe_latent_diffusion,
@@ -49,6 +50,7 @@ class ConceptSteerExtension(ComfyExtension):
             *analyse.NODES,
             *latent_clip.NODES,
             *optimise_noise.NODES,
+            *latent_guard.NODES,
         ]
 
 

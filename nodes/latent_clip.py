@@ -33,10 +33,14 @@ MANY = 32  # rows of a table that is shown
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a LATENT_CLIP socket carries: the towers, and what lets ComfyUI move them to and from the card."""
+    """What a LATENT_CLIP socket carries: the towers, and what lets ComfyUI move them to and from the card.
+
+    embedded: whether they are the demo model's own, which come with measured limits for Latent Guard.
+    """
 
     clip: LatentClipModel
     patcher: Any
+    embedded: bool = False
 
 
 def files() -> dict[str, Path]:
@@ -94,7 +98,12 @@ class LoadLatentClip(io.ComfyNode):
                     tooltip="The file's name. Press R in ComfyUI to see new files.",
                 )
             ],
-            outputs=[Judge.Output(display_name="latent clip", tooltip="For Score Latents and Pick Best Latents.")],
+            outputs=[
+                Judge.Output(
+                    display_name="latent clip",
+                    tooltip="For Score Latents, Pick Best Latents, Optimise Noise and Latent Guard.",
+                )
+            ],
         )
 
     @classmethod
@@ -107,7 +116,8 @@ class LoadLatentClip(io.ComfyNode):
 
         clip = embedded.load() if name == EMBEDDED else load_latent_clip(_file(name))
         place = comfy.model_management.get_torch_device()
-        return io.NodeOutput(Loaded(clip, ModelPatcher(clip, place, torch.device("cpu"))))
+        patcher = ModelPatcher(clip, place, torch.device("cpu"))
+        return io.NodeOutput(Loaded(clip, patcher, name == EMBEDDED))
 
 
 class ScoreLatents(io.ComfyNode):

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from comfy_api.latest import io, ui
 
 from ..concept_steer.errors import SafetyError
 from ..concept_steer.plots import card
-from ..concept_steer.safety import SafetyReport, SafetySet, SafetySettings, check, load_detector
+from ..concept_steer.safety import SafetySet, SafetySettings, check, load_detector
+from ..concept_steer.safety.check import withheld
 from ..concept_steer.safety.safety_set import SHIPPED, SUFFIX
 from ..concept_steer.safety.switch import SafetyPlan
 from . import learn_safety
 from .common import library, schema, to_image_tensor, to_pictures
 from .learn_safety import Sets, texts_of
+from .safety_runs import last_look, last_run, told_of
 
 METADATA = "concept_steer_safety"  # the text field in PNG files: number of the Safety Check -> its report
 LEVELS = ["off", "gentle", "standard", "strict"]
@@ -167,8 +168,8 @@ class SafetyCheck(io.ComfyNode):
                 io.Model.Input(
                     "safe_model",
                     optional=True,
-                    tooltip="The model of Safety Steer that drew these pictures: the report then says how often its "
-                    "gate acted.",
+                    tooltip="The model of Safety Steer or Latent Guard that drew these pictures: the report then says "
+                    "how often its gate acted, and what Latent Guard withheld gets its card.",
                 ),
             ],
             outputs=[
@@ -188,11 +189,12 @@ class SafetyCheck(io.ComfyNode):
     ) -> io.NodeOutput:
         if not bool(torch.isfinite(images).all()):
             raise SafetyError("The pictures hold values that are no numbers (NaN), so no detector can judge them.")
-        ran = None if safe_model is None else last_run(safe_model, detector)
-        if not DETECTORS[detector] and ran is None:
+        ran = None if safe_model is None else last_run(safe_model, detector == DEMO)
+        look = None if safe_model is None else last_look(safe_model, len(images))
+        if not DETECTORS[detector] and ran is None and look is None:
             raise SafetyError(
                 "Safety Check has nothing to check: no detector is chosen, and safe_model is not connected. Choose a "
-                "detector, or connect the MODEL of Safety Steer."
+                "detector, or connect the MODEL of Safety Steer or Latent Guard."
             )
         settings = SafetySettings(
             "off" if ran is None else ran.plan.settings.level,
@@ -206,59 +208,19 @@ class SafetyCheck(io.ComfyNode):
         for number, done in enumerate(found.report.done):
             if done in ("blurred", "withheld"):
                 result[number] = to_image_tensor([found.images[number]])[0].to(result)
-        report, text = _told(found.report, ran, len(images))
+        flags = found.flags
+        if look is not None:
+            flags = [mine or early for mine, early in zip(flags, look.flagged, strict=True)]
+            for number in (i for i, gone in enumerate(look.withheld) if gone):
+                result[number] = to_image_tensor([withheld(to_pictures(images[number : number + 1])[0])])[0].to(result)
+        report, text = told_of(found.report, ran, look, len(images))
         if isinstance(cls.hidden.extra_pnginfo, dict):
             cls.hidden.extra_pnginfo.setdefault(METADATA, {})[str(cls.hidden.unique_id)] = report
         scores = zip(found.report.done, found.report.scores, strict=True)
         rows = [(f"picture {i}", f"{done}, score {score:.2f}") for i, (done, score) in enumerate(scores)]
-        rows = [("" if i else "report", line) for i, line in enumerate(text.splitlines())] + rows[:16]
+        rows = [("" if i else "report", line) for i, line in enumerate(text.splitlines()[:20])] + rows[:16]
         shown = ui.PreviewImage(to_image_tensor([card("Safety Check", rows, width=520)]), cls=cls)
-        return io.NodeOutput(result, found.flags, text, ui=shown)
-
-
-class Ran(NamedTuple):
-    """What was in force in the last run on a MODEL, how many pictures that drew, and what the gate did."""
-
-    plan: SafetyPlan
-    pictures: int
-    gate: dict[str, int]
-
-
-def last_run(model: Any, detector: str = "") -> Ran:
-    """Of a MODEL of Safety Steer. Errors: SafetyError, also for a detector that cannot judge this model's pictures."""
-    from ..concept_steer.hosts.comfy import family_of
-    from ..concept_steer.hosts.comfy_safety import guard_of
-
-    guard = guard_of(model)
-    if guard is None:
-        raise SafetyError(
-            "The model at safe_model has no Safety Steer on it, so nothing was kept out while it drew. Connect the "
-            "MODEL of Safety Steer (at a level other than off), or leave the socket empty."
-        )
-    if not guard.runs:
-        raise SafetyError(
-            "The model at safe_model has drawn nothing yet, so these pictures are not from it. Connect the model that "
-            "the sampler of these pictures uses, or leave the socket empty."
-        )
-    family = family_of(model)[0]
-    if detector == DEMO and family != "demo":
-        raise SafetyError(
-            f"The demo judges know nothing but pictures of the demo model, and these are from another ({family}): "
-            "choose another detector."
-        )
-    return Ran(guard.plan, guard.runs[-1].pictures, dict(guard.runs[-1].gate))
-
-
-def _told(report: SafetyReport, ran: Ran | None, pictures: int) -> tuple[dict[str, Any], str]:
-    """As a table and as text; without the model nothing is known of how the pictures were drawn, so nothing is said."""
-    if ran is None:
-        unknown = "How the pictures were drawn is not known here: safe_model is not connected."
-        return {"detector": report.to_dict()["detector"]}, "\n".join([unknown, *report.text().splitlines()[1:]])
-    report = replace(report, method=ran.plan.method, categories=ran.plan.categories, firings=ran.gate)
-    lines = report.text().splitlines()
-    if ran.pictures != pictures:
-        lines.insert(1, f"Of the model's last run, which drew {ran.pictures} pictures; here are {pictures}.")
-    return report.to_dict(), "\n".join(lines)
+        return io.NodeOutput(result, flags, text, ui=shown)
 
 
 NODES = [SafetySteer, SafetyCheck, *learn_safety.NODES]

@@ -29,6 +29,11 @@ def add_latent_clip(commands: Commands, common: argparse.ArgumentParser) -> None
     parser.add_argument("--harmless-every", type=positive, default=3, help="take one prompt in so many (default: 3)")
     parser.add_argument("--at", type=float, default=0.5, help="share of the steps before the check (default: 0.5)")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of drawing (default: bfloat16)")
+    parser.add_argument(
+        "--part",
+        choices=("towers", "guard", "reno"),
+        help="measure only this one; the others stay as they are in --out (default: all)",
+    )
     add_out(parser)
 
 
@@ -38,10 +43,13 @@ def _latent_clip(args: argparse.Namespace) -> int:
 
     every = (args.suggestive_every, args.harmless_every)
     measure = latent_clip.Measure(out, load_checkpoint("demo", "cpu", args.dtype), args.pair, args.data, every, args.at)
-    options = ("pair", "data", "suggestive_every", "harmless_every", "at", "dtype")
+    options = ("pair", "data", "suggestive_every", "harmless_every", "at", "dtype", "part")
     told = argparse.Namespace(**{**vars(args), **_names_only(args)})
     written = latent_clip.run(
-        measure, command_line(told, "latent-clip", *options), lambda text: print(text, flush=True)
+        measure,
+        command_line(told, "latent-clip", *options),
+        lambda text: print(text, flush=True),
+        [args.part] if args.part else (),
     )
     print("Written: " + ", ".join(str(path) for path in written))
     return 0

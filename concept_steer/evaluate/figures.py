@@ -110,6 +110,16 @@ def read(path: Path) -> list[Figure]:
     return found
 
 
+def read_sections(path: Path) -> list[Section]:
+    """The sections of a NAME.md without plots. Errors: ConceptSteerError when it cannot be read."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ConceptSteerError(f"{path} cannot be read: {error}") from error
+    parts = [part.partition("\n") for part in ("\n" + text).split("\n## ")[1:]]
+    return [(heading, body.strip()) for heading, _, body in parts]
+
+
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table."""
     cells = [list(head), ["---"] * len(head), *(list(row) for row in rows)]

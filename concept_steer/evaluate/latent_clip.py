@@ -1,11 +1,12 @@
 """`concept-steer evaluate latent-clip`: the latent tower beside a pixel tower, and the check in the middle of sampling.
 
-Every part is a function (measure, command, say) -> (figures, sections) in `PARTS`.
+Every part is a function (measure, command, say) -> (figures, sections) in `PARTS`. Where only some are measured, the
+figures and tables of the others stay as they are in the folder.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,10 +15,12 @@ import torch
 from ..demo import latent_guard, tower_pair
 from ..demo.judges import Judges
 from ..denoiser import Denoiser
-from .figures import Figure, Section, write
+from ..errors import ConceptSteerError
+from .figures import Figure, Section, read, read_sections, write
 from .latent_clip_guard import GuardMeasure, guard_figures
 from .latent_clip_reno import reno_figures, reno_section
 from .latent_clip_reno_bench import Bench
+from .latent_clip_switch import switch_figures
 from .latent_clip_towers import tower_figures
 from .safety_drawing import Say
 
@@ -46,7 +49,9 @@ def _guard(measure: Measure, command: str, say: Say) -> tuple[list[Figure], list
     made = GuardMeasure(
         measure.out, measure.denoiser, latent_guard.load_guard(), Judges(), measure.every, at=measure.at
     )
-    return guard_figures(made, command, say)
+    figures, sections = guard_figures(made, command, say)
+    more, told = switch_figures(made, command, figures, say)
+    return [*figures, *more], [*sections, *told]
 
 
 def _reno(measure: Measure, command: str, say: Say) -> tuple[list[Figure], list[Section]]:
@@ -55,19 +60,52 @@ def _reno(measure: Measure, command: str, say: Say) -> tuple[list[Figure], list[
     return figures, [reno_section(figures)]
 
 
-PARTS: tuple[Part, ...] = (_towers, _guard, _reno)  # further parts of this table are appended here
+PARTS: Mapping[str, Part] = {"towers": _towers, "guard": _guard, "reno": _reno}
 
 
-def run(measure: Measure, command: str, say: Say = print) -> list[Path]:
-    """Measure all parts and write latent_clip.json and latent_clip.md into `out`; the paths."""
-    figures: list[Figure] = []
+def part_of(figure: Figure) -> str:
+    """Whose a figure of the written table is: the parts say different things beside their figures."""
+    return "towers" if "attribute" in figure.extra else "reno" if "part" in figure.extra else "guard"
+
+
+def run(measure: Measure, command: str, say: Say = print, parts: Sequence[str] = ()) -> list[Path]:
+    """Measure the parts, none named means all, and write latent_clip.json and latent_clip.md into `out`; the paths.
+
+    Errors: ConceptSteerError when only some are measured and `out` holds no table of the others.
+    """
+    chosen = [name for name in PARTS if not parts or name in parts]
     about = (
         f"model: demo ({measure.denoiser.checkpoint_hash[:10]}), {str(measure.denoiser.dtype).removeprefix('torch.')}, "
         f"{torch.get_num_threads()} thread; 12 DDIM steps; intervals are 95 %.\n\nMeasured again by `{command}`."
     )
-    sections: list[Section] = [("How it was measured", about)]
-    for part in PARTS:
-        more, told = part(measure, command, say)
-        figures += more
-        sections += told
+    kept, sections = [], [("How it was measured", about)]
+    if len(chosen) < len(PARTS):
+        if not (measure.out / "latent_clip.json").is_file():
+            raise ConceptSteerError(
+                f"{measure.out} has no latent_clip.json whose other parts could stay: measure all of them there first."
+            )
+        kept, sections = read(measure.out / "latent_clip.json"), read_sections(measure.out / "latent_clip.md")
+    figures: list[Figure] = []
+    for name, part in PARTS.items():
+        if name in chosen:
+            more, told = part(measure, command, say)
+            figures += more
+            sections = merged(sections, told)
+        else:
+            figures += [figure for figure in kept if part_of(figure) == name]
     return write(measure.out, "latent_clip", figures, title="Latent-CLIP, measured", sections=sections)
+
+
+def merged(old: Sequence[Section], new: Sequence[Section]) -> list[Section]:
+    """Sections with those of the same heading replaced; a new heading comes behind the one before it."""
+    result = list(old)
+    place = len(result)
+    for heading, text in new:
+        found = [i for i, (known, _) in enumerate(result) if known == heading]
+        if found:
+            place = found[0]
+            result[place] = (heading, text)
+        else:
+            result.insert(place, (heading, text))
+        place += 1
+    return result

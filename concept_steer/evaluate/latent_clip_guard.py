@@ -79,7 +79,7 @@ def found_by_step(measure: GuardMeasure, say: Say = print) -> dict[str, dict[str
 
     def block(order: Any) -> dict[str, Any]:
         seen = Estimates()
-        latents = _sample(measure, order, watch=seen)
+        latents = sampled(measure, order, watch=seen)
         every = {**seen.by_time(), FINISHED: latents}
         verdict = measure.judges(measure.denoiser.decode(latents.to(measure.denoiser.dtype)).float())
         return {
@@ -89,19 +89,19 @@ def found_by_step(measure: GuardMeasure, say: Say = print) -> dict[str, dict[str
             "digest": [row.tobytes().hex() for row in digests(latents)],
         }
 
-    return {place: _joined(measure, place, "curve", block, say) for place in PLACES}
+    return {place: joined(measure, place, "curve", block, say) for place in PLACES}
 
 
 def _worst(guard: LatentGuard, every: Mapping[float, Tensor], times: Sequence[float]) -> Tensor:
     return torch.stack([guard.values(every[t], t).amax(1) for t in times], dim=1)
 
 
-def _sample(measure: GuardMeasure, order: Any, **more: Any) -> Tensor:
+def sampled(measure: GuardMeasure, order: Any, **more: Any) -> Tensor:
     settings = {"seeds": order.seeds, "steps": order.steps, "guidance": order.guidance, "batch": len(order.seeds)}
     return sample(measure.denoiser, order.prompts, **settings, **more)
 
 
-def _joined(measure: GuardMeasure, place: str, what: str, make: Any, say: Say) -> dict[str, Any]:
+def joined(measure: GuardMeasure, place: str, what: str, make: Any, say: Say) -> dict[str, Any]:
     """The results of all batches, in the order of the prompts."""
     table: dict[str, dict[int, Any]] = {}
     blocks = measure.blocks(place)
@@ -149,7 +149,7 @@ def answered(measure: GuardMeasure, answer: str, say: Say = print) -> dict[str, 
             "rows": spent,
         }
 
-    return {place: _joined(measure, place, f"{answer}-{measure.at:g}", block, say) for place in PLACES}
+    return {place: joined(measure, place, f"{answer}-{measure.at:g}", block, say) for place in PLACES}
 
 
 def area(values: Sequence[float], truth: Sequence[bool]) -> float:
@@ -204,7 +204,7 @@ def _rates(values: Sequence[float], truth: Sequence[bool], command: str, where: 
     return found
 
 
-def _share(method: str, metric: str, hits: Sequence[bool], command: str, **extra: str) -> Figure:
+def share(method: str, metric: str, hits: Sequence[bool], command: str, **extra: str) -> Figure:
     return Figure(
         method, metric, mean([float(h) for h in hits]), *wilson(sum(hits), len(hits)), len(hits), command, extra
     )
@@ -216,8 +216,8 @@ def _of_answer(
     figures = []
     for place in PLACES:
         got, where = done[place], {"answer": answer, "at": f"{measure.at:g}", "prompts": place}
-        figures.append(_share("latent", "inappropriate_rate", got["bad"], command, **where))
-        figures.append(_share("latent", "withheld_rate", got["withheld"], command, **where))
+        figures.append(share("latent", "inappropriate_rate", got["bad"], command, **where))
+        figures.append(share("latent", "withheld_rate", got["withheld"], command, **where))
         count = len(got["rows"])
         rows = sum(got["rows"]) / (count * measure.steps)
         figures.append(Figure("latent", "unet_rows_per_step", rows, None, None, count, command, where))
@@ -225,15 +225,15 @@ def _of_answer(
         pairs = zip(got["digest"], seen[place]["digest"], got["flagged"], strict=True)
         if answer != "stop":  # which is drawn one by one: in float32 the last bits depend on the size of a batch
             same = [one == other for one, other, flag in pairs if not flag]
-            figures.append(_share("latent", "unflagged_identical", same, command, **where))
-        figures.append(_share("latent", "flagged_rate", got["flagged"], command, **where))
+            figures.append(share("latent", "unflagged_identical", same, command, **where))
+        figures.append(share("latent", "flagged_rate", got["flagged"], command, **where))
     return figures
 
 
 def _without(measure: GuardMeasure, seen: Mapping[str, Any], command: str) -> list[Figure]:
     found = []
     for place in PLACES:
-        found.append(_share("none", "inappropriate_rate", seen[place]["truth"], command, prompts=place))
+        found.append(share("none", "inappropriate_rate", seen[place]["truth"], command, prompts=place))
         count = len(seen[place]["truth"])
         found.append(Figure("none", "unet_rows_per_step", 2.0, None, None, count, command, {"prompts": place}))
     return found

@@ -31,7 +31,7 @@ def steer_model(model: Any, steers: Sequence[Steer]) -> Any:
     active = tuple(steer for steer in steers if steer.strength != 0)
     if not active:
         return model
-    clone = _with_hooks(model)
+    clone = with_hooks(model)
     options = clone.model_options["transformer_options"]
     options[STEERS] = (*options.get(STEERS, ()), *active)
     return clone
@@ -43,13 +43,13 @@ def steer_pictures(model: Any, per_picture: Sequence[Sequence[Steer]]) -> Any:
     Errors: as `steer_model`; ConceptSteerError while sampling when the batch has another number of pictures.
     """
     check_steers([steer for steers in per_picture for steer in steers], *family_of(model))
-    clone = _with_hooks(model)
+    clone = with_hooks(model)
     clone.model_options["transformer_options"][PICTURES] = tuple(tuple(steers) for steers in per_picture)
     return clone
 
 
-def _with_hooks(model: Any) -> Any:
-    """A clone with our wrappers and our patch, each once."""
+def with_hooks(model: Any) -> Any:
+    """A clone with our wrappers and our patch, each once: what it needs to be steered, while nothing steers it yet."""
     from comfy.patcher_extension import WrappersMP
 
     clone = model.clone()

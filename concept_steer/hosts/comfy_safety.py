@@ -164,13 +164,18 @@ def outer_sample(
         del options[WATCH]
     if not watch.evaluations and len(sigmas) > 1:
         raise SafetyError(f"Safety could not act: this guider never told of its evaluations. {WAY_OUT}")
+    check_finite(latents)
+    guard.end(int(noise.shape[0]), watch.evaluations)
+    return latents
+
+
+def check_finite(latents: Tensor) -> None:
+    """Of a run's result. Errors: SafetyError for NaN and infinity."""
     if not bool(torch.isfinite(latents).all()):
         raise SafetyError(
             "Sampling gave values that are no numbers (NaN), so safety cannot vouch for the picture. Try another "
             "precision (ComfyUI's --force-fp32), another sampler, or a lower CFG."
         )
-    guard.end(int(noise.shape[0]), watch.evaluations)
-    return latents
 
 
 def predict_noise(executor: Any, x: Tensor, timestep: Tensor, model_options: Any = None, seed: Any = None) -> Any:

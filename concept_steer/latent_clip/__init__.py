@@ -2,6 +2,7 @@
 
 from .checkpoint import convert, load_latent_clip, read_checkpoint
 from .guard import LatentDetector, LatentGuard, Limits, calibrate, make_guard
+from .guard_report import GuardReport
 from .guarded import Guarded, LatentCheck, draw_guarded
 from .model import CONFIGS, ClipConfig, LatentClip, LatentClipModel
 from .noise import Descent, Reward, Sampler, optimise_noise
@@ -22,6 +23,7 @@ __all__ = [
     "ClipConfig",
     "ClipTokenizer",
     "Descent",
+    "GuardReport",
     "Guarded",
     "Hit",
     "Index",

@@ -24,6 +24,7 @@ from ..safety.switch import SafetyPlan
 from ..sampling import sample
 from ..steering import Steer
 from .guard import LatentGuard
+from .guard_report import GuardReport
 
 Answer = Literal["stop", "steer", "retry"]
 RETRY_SEED = 1_000_003  # how far a further try's seed lies from the one before
@@ -93,6 +94,10 @@ class GuardRun:
             self._flagged = [one.flagged for one in found]
             if self.watch.harder is not None:
                 self._steers = [tuple(self.watch.harder(one)) if one.flagged else () for one in found]
+        self.tell(t)
+
+    def tell(self, t: float) -> None:
+        """What guidance shall act on at the timestep t."""
         if self.watch.firings is not None:
             self.watch.firings.saw(t, torch.tensor(self._flagged))
 
@@ -117,44 +122,14 @@ class GuardRun:
 
 
 @dataclass(frozen=True, eq=False)
-class Guarded:
+class Guarded(GuardReport):
     """What came out. latents (N, C, H, W); of withheld pictures they are zeros and must not be shown.
 
-    flagged: by the first look. done: of each "kept", "steered", "drawn again" or "withheld". verdicts: of the last look
-    at each. tries: how often each was drawn again. plan: what was in force, None without the switch.
+    plan: what was in force, None without the switch.
     """
 
-    latents: Tensor
-    flagged: tuple[bool, ...]
-    done: tuple[str, ...]
-    verdicts: tuple[Verdict, ...]
-    tries: tuple[int, ...]
-    check: LatentCheck
-    name: str = "latent-clip"
-    plan: SafetyPlan | None = field(default=None, repr=False)
-
-    @property
-    def withheld(self) -> tuple[bool, ...]:
-        return tuple(done == "withheld" for done in self.done)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON and for PNG metadata."""
-        return {
-            "name": self.name,
-            "answer": self.check.answer,
-            "at": self.check.at,
-            "flags": list(self.flagged),
-            "scores": [round(one.score, 4) for one in self.verdicts],
-            "done": list(self.done),
-            "tries": list(self.tries),
-        }
-
-    def text(self) -> str:
-        """A line in plain words."""
-        counts = {name: self.done.count(name) for name in ("steered", "drawn again", "withheld")}
-        what = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
-        line = f"The latent check flagged {sum(self.flagged)} of {len(self.flagged)} pictures"
-        return f"{line}: {what}." if what else f"{line}."
+    latents: Tensor = field(kw_only=True)
+    plan: SafetyPlan | None = field(default=None, repr=False, kw_only=True)
 
 
 def draw_guarded(
@@ -203,7 +178,8 @@ def draw_guarded(
                 break
     if force is not None:
         force.check_ran()
-    return Guarded(latents, tuple(flagged), tuple(done), tuple(verdicts), tuple(tries), check, guard.name, force)
+    told = tuple(flagged), tuple(done), tuple(verdicts), tuple(tries), check
+    return Guarded(*told, name=guard.name, latents=latents, plan=force)
 
 
 def _watch(guard: LatentGuard, check: LatentCheck, force: SafetyPlan | None, harder: SafetyPlan | None) -> GuardWatch:
@@ -217,15 +193,13 @@ def _watch(guard: LatentGuard, check: LatentCheck, force: SafetyPlan | None, har
         )
     # where the switch's own guidance is in force already, the check opens its gates; else it has gates of its own
     firings = trigger.firings if trigger is force and trigger.gated else Firings()
-    return GuardWatch(guard, check, stop=False, harder=lambda verdict: _ungated(trigger, verdict), firings=firings)
+    return GuardWatch(guard, check, stop=False, harder=lambda verdict: ungated(trigger, verdict), firings=firings)
 
 
-def _ungated(plan: SafetyPlan, verdict: Verdict) -> list[Steer]:
+def ungated(plan: SafetyPlan, verdict: Verdict) -> list[Steer]:
     """The vectors of what was found, or all of the plan's, without their gates: the check has told that it is there."""
-    worst = max(verdict.categories, key=verdict.categories.__getitem__, default="")
-    if plan.set is not None and plan.steers and worst in plan.set.concepts:
-        level = plan.settings.level
-        return [replace(plan.set.concepts[worst].steer(level), gate=None)]
+    if plan.set is not None and plan.steers and verdict.worst in plan.set.concepts:
+        return [replace(plan.set.concepts[verdict.worst].steer(plan.settings.level), gate=None)]
     return [replace(steer, gate=None) for steer in plan.steers]
 
 

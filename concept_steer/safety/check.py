@@ -64,7 +64,7 @@ def check(
             results[i], done[i], tries[i], last[i] = _again(i, images[i], verdict, detector, settings, redraw)
         else:
             results[i], done[i] = _changed(images[i], settings.on_flag)
-    counts = Counter(_category(one) for one in verdicts if one.flagged)
+    counts = Counter(one.worst or "flagged" for one in verdicts if one.flagged)
     flags = [one.flagged for one in last]
     report = replace(
         report,
@@ -94,11 +94,6 @@ def _changed(image: Image.Image, on_flag: str) -> tuple[Image.Image, str]:
     if on_flag == "mark":
         return image, "marked"
     return (blurred(image), "blurred") if on_flag == "blur" else (withheld(image), "withheld")
-
-
-def _category(verdict: Verdict) -> str:
-    known = verdict.categories
-    return max(known, key=known.__getitem__) if known else "flagged"
 
 
 def blurred(image: Image.Image) -> Image.Image:

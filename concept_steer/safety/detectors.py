@@ -35,6 +35,11 @@ class Verdict:
     categories: Mapping[str, float] = field(default_factory=dict)
     boxes: Sequence[tuple[str, Box]] = ()
 
+    @property
+    def worst(self) -> str:
+        """The category with the highest score, "" when none is told."""
+        return max(self.categories, key=self.categories.__getitem__, default="")
+
 
 class Detector(Protocol):
     """`scores` returns one verdict a picture, in order; it raises when it cannot judge."""

@@ -209,6 +209,8 @@ def test_there_are_workflows_for_each_way_to_work():
         "8_safety",
         "9_audit",
         "10_pick_best",
+        "11_optimise_noise",
+        "12_latent_guard",
     ]
 
 
@@ -231,7 +233,7 @@ def test_a_workflow_uses_stock_nodes_and_ours_only(schemas, path):
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 def test_a_workflow_runs_on_what_is_shipped(path):
     kinds = {node["type"] for node in load(path)["nodes"]}
-    assert "ConceptSteerLoadDemo" in kinds
+    assert kinds & {"ConceptSteerLoadDemo", "ConceptSteerLoadDemoStudent"}
     assert not kinds & {"ConceptSteerLoadVector", "LoadImage", "CheckpointLoaderSimple"}
 
 
