@@ -60,6 +60,11 @@ def state_of(denoiser: Any) -> State:
     return {name: tensor.detach().cpu().clone() for name, tensor in found.items()}
 
 
+def rank_of(state: Mapping[str, Tensor]) -> int:
+    """Of peft's weights."""
+    return next(len(tensor) for name, tensor in state.items() if name.endswith("lora_A.weight"))
+
+
 def save(state: Mapping[str, Tensor], path: Path, about: Mapping[str, str], overwrite: bool = False) -> Path:
     """Write peft's weights in kohya's layout (lora_unet_*.lora_down.weight, lora_up.weight, alpha), atomically."""
     named: State = {}
@@ -69,7 +74,7 @@ def save(state: Mapping[str, Tensor], path: Path, about: Mapping[str, str], over
         named[f"{key}.{'lora_down' if part == 'lora_A' else 'lora_up'}.weight"] = tensor.float().contiguous()
         if part == "lora_A":
             named[f"{key}.alpha"] = torch.tensor(float(tensor.shape[0]))
-    rank = next(len(tensor) for name, tensor in state.items() if name.endswith("lora_A.weight"))
+    rank = rank_of(state)
     told = {"ss_network_module": "networks.lora", "ss_network_dim": str(rank), "ss_network_alpha": str(rank)}
     info = {f"geom_erasing.{key}": value for key, value in about.items()}
     text = {**told, **info, "modelspec.sai_model_spec": "1.0.0", "ss_network_args": json.dumps({"conv_dim": str(rank)})}
