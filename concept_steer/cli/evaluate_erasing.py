@@ -13,7 +13,19 @@ from .models import DTYPES, load_checkpoint
 from .output import ready_folder
 
 WAYS = "none,named,negative_prompt,sld_strong,geom_tokens,geom_lora,masked_lora,h_space,gated"
-OPTIONS = ("data", "style", "ways", "count", "steps", "guidance", "batch", "lora_steps", "token_steps", "dtype")
+OPTIONS = (
+    "data",
+    "style",
+    "ablation",
+    "ways",
+    "count",
+    "steps",
+    "guidance",
+    "batch",
+    "lora_steps",
+    "token_steps",
+    "dtype",
+)
 
 
 def add_erasing(commands: Commands, common: argparse.ArgumentParser) -> None:
@@ -30,9 +42,10 @@ def add_erasing(commands: Commands, common: argparse.ArgumentParser) -> None:
         "--data", type=Path, required=True, metavar="DIR", help="a build of the training pictures (demo.build_data)"
     )
     parser.add_argument(
-        "--style", type=Path, metavar="DIR", help="a build of another style (build_data --extra): also ablation and "
-        "fine-tuning on spoiled pictures"
+        "--style", type=Path, metavar="DIR", help="a build of another style (build_data --extra): also fine-tuning "
+        "on spoiled pictures"
     )  # fmt: skip
+    parser.add_argument("--ablation", action="store_true", help="also name, places and weights; bins; worse boxes")
     parser.add_argument("--ways", type=names, default=names(WAYS), help=f"default: {WAYS}")
     parser.add_argument("--count", type=positive, default=1024, help="pictures a way (default: 1024)")
     parser.add_argument("--steps", type=positive, default=12, help="DDIM steps (default: 12)")
@@ -65,6 +78,7 @@ def _erasing(args: argparse.Namespace) -> int:
     rows: list[Any] = []
     if args.style:
         rows += erasing_ablation.fine_tuning(measure, Build(args.style), _say)
+    if args.ablation:
         rows += erasing_ablation.ablation(measure, _say)
     told = argparse.Namespace(**{**vars(args), "data": args.data.name, "style": args.style and args.style.name})
     about = {"model": f"demo ({denoiser.checkpoint_hash[:10]}), {args.dtype}"}

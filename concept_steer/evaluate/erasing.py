@@ -32,10 +32,12 @@ from ..vector import ConceptVector
 from . import erasing_data
 from .erasing_data import CONCEPTS, SPOKEN, Build, examples, found_boxes, spoiled
 from .fairness_drawing import Block
-from .i2p_prompts import PromptRow
+from .i2p_prompts import PromptRow, digest
+from .parts import Parts
 from .safety_drawing import NONE, Draw, Drawn, Job, Order, Say, draw_all
 
 TEXT = ", ".join(SPOKEN[concept] for concept in CONCEPTS)
+LEARNED = "erasing-learned"  # folder of what was trained
 MARK = "mark"  # what all of them are called where they are erased together
 SHARE = 0.3  # of the pictures that are learned from carry a mark
 WAYS = {
@@ -140,12 +142,12 @@ class Way:
 
 def trained(
     measure: Measure, name: str, settings: ErasingSettings, say: Say, learned: Examples | None = None
-) -> tuple[LocationTokens | None, dict[str, Tensor] | None, str]:
-    """Tokens and LoRA, learned once and kept in the output folder; and the training's own words."""
-    folder = measure.out / "erasing-learned"
-    tokens, weights, words = (folder / f"{name}{end}" for end in (".safetensors", "-lora.safetensors", ".txt"))
-    if not words.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
+) -> tuple[LocationTokens | None, dict[str, Tensor] | None]:
+    """Tokens and LoRA, learned once and kept in the output folder. Errors: ConceptSteerError for other settings."""
+    folder = measure.out / LEARNED
+    tokens, weights = folder / f"{name}.safetensors", folder / f"{name}-lora.safetensors"
+
+    def make() -> dict[str, str]:
         result = learn_erasing(
             measure.teacher, learned or measure.learned, MARK, name=f"no-{name}", settings=settings,
             autocast=torch.bfloat16, checkpoint=folder / f"{name}.checkpoint",
@@ -155,11 +157,13 @@ def trained(
             result.tokens.save(tokens, overwrite=True)
         if result.lora is not None:
             save_file(result.lora, weights)
-        words.write_text(result.summary(), encoding="utf-8")
+        return {"words": result.summary()}
+
+    folder.mkdir(parents=True, exist_ok=True)
+    Parts(folder, {"checkpoint": measure.teacher.checkpoint_hash, **vars(settings)}).get(name, make)
     return (
         LocationTokens.load(tokens) if tokens.is_file() else None,
         load_file(weights) if weights.is_file() else None,
-        words.read_text(encoding="utf-8"),
     )
 
 
@@ -171,7 +175,7 @@ def vectors(measure: Measure, say: Say) -> list[ConceptVector]:
     """One for each mark, learned by contrast from pictures with and without it."""
     found, e = [], measure.effort
     for place, concept in enumerate(CONCEPTS):
-        path = measure.out / "erasing-learned" / f"h-{concept}.safetensors"
+        path = measure.out / LEARNED / f"h-{concept}.safetensors"
         if not path.is_file():
             say(f"vector of {concept}")
             first = measure.count + e.learned + place * 2 * e.vector_pictures
@@ -198,12 +202,12 @@ def draws(measure: Measure, say: Say) -> dict[str, Draw]:
         if name in ("geom_tokens", "geom_lora"):
             rank = e.rank if name == "geom_lora" else 0
             steps = e.lora if rank else e.tokens
-            tokens, state, _ = trained(measure, name, ErasingSettings(steps=steps, rank=rank), say)
+            tokens, state = trained(measure, name, ErasingSettings(steps=steps, rank=rank), say)
             assert tokens is not None
             inside = {"inside": with_lora(state, rank)} if state else {}
             made[name] = Way(negative=tokens.name, embeddings=(tokens,), **inside)  # type: ignore[arg-type]
         elif name == "masked_lora":
-            _, state, _ = trained(measure, name, ErasingSettings(steps=e.lora, rank=e.rank, way="masked"), say)
+            _, state = trained(measure, name, ErasingSettings(steps=e.lora, rank=e.rank, way="masked"), say)
             made[name] = Way(inside=with_lora(state or {}, e.rank))
         elif name in ("h_space", "gated"):
             operator: Any = "add" if name == "h_space" else "gated"
@@ -224,13 +228,21 @@ def prepare(measure: Measure, say: Say = print) -> None:
 
 
 def draw(measure: Measure, shard: tuple[int, int] = (0, 1), say: Say = print) -> int:
+    told = {
+        "checkpoint": measure.denoiser.checkpoint_hash,
+        "prompts": digest(measure.rows),
+        "steps": measure.steps,
+        "batch": measure.batch,
+        **vars(measure.effort),
+    }
+    Parts(measure.out / "erasing", told).get("settings", dict)
     return draw_all(measure.job, measure.denoiser, MarksEye(), draws(measure, say), shard=shard, say=say)
 
 
 @torch.no_grad()
 def reference(measure: Measure) -> Tensor:
     """The judges' features (n, 480) of the clean pictures whose captions are drawn, seen through the model's VAE."""
-    path = measure.out / "erasing-learned" / "reference.safetensors"
+    path = measure.out / LEARNED / "reference.safetensors"
     if not path.is_file():
         given, _ = measure.build.take(0, measure.count)
         judges, parts = Judges(), []

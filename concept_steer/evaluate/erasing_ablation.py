@@ -18,6 +18,8 @@ from .figures import Figure
 from .parts import Parts
 from .safety_drawing import Order, Say
 
+SHORTER = 3  # than the table's training
+
 
 @dataclass(frozen=True)
 class Row:
@@ -67,8 +69,8 @@ def fine_tuning(measure: Measure, style: Build, say: Say, count: int = 256) -> l
     parts = _parts(measure)
     rows = [drawn(measure, parts, "fine-tuning", "before", Way(), count)]
     for name in ("plain", "told", "masked"):
-        settings = ErasingSettings(steps=e.lora // 2, rank=e.rank, way=name)  # type: ignore[arg-type]
-        tokens, state, _ = trained(measure, f"style-{name}", settings, say, learned)
+        settings = ErasingSettings(steps=e.lora // SHORTER, rank=e.rank, way=name)  # type: ignore[arg-type]
+        tokens, state = trained(measure, f"style-{name}", settings, say, learned)
         inside = with_lora(state or {}, e.rank)
         rows.append(drawn(measure, parts, "fine-tuning", name, Way(inside=inside), count))
         if tokens is not None:
@@ -80,7 +82,7 @@ def fine_tuning(measure: Measure, style: Build, say: Say, count: int = 256) -> l
 def ablation(measure: Measure, say: Say, count: int = 256) -> list[Row]:
     """Name alone, with places, with weights; bins; boxes made worse on purpose."""
     e, parts = measure.effort, _parts(measure)
-    base = ErasingSettings(steps=e.lora // 2, rank=e.rank)
+    base = ErasingSettings(steps=e.lora // SHORTER, rank=e.rank)
     cases: dict[str, ErasingSettings] = {
         "name alone": replace(base, geometry=False, alpha=1.0),
         "and places": replace(base, alpha=1.0),
@@ -90,7 +92,7 @@ def ablation(measure: Measure, say: Say, count: int = 256) -> list[Row]:
     }
     rows = []
     for name, settings in cases.items():
-        tokens, state, _ = trained(measure, f"ablation-{name.replace(' ', '-')}", settings, say)
+        tokens, state = trained(measure, f"ablation-{name.replace(' ', '-')}", settings, say)
         assert tokens is not None
         negative = tokens.name if settings.geometry else tokens.concept
         way = Way(negative=negative, embeddings=(tokens,), inside=with_lora(state or {}, e.rank))
@@ -99,9 +101,9 @@ def ablation(measure: Measure, say: Say, count: int = 256) -> list[Row]:
     boxes = found_boxes(given, CONCEPTS)
     for amount in (0.15, 0.4):
         worse = jittered(boxes, amount)
-        settings = ErasingSettings(steps=e.lora // 2, rank=e.rank, way="masked")
+        settings = ErasingSettings(steps=e.lora // SHORTER, rank=e.rank, way="masked")
         learned = replace(measure.learned, boxes=worse)
-        _, state, _ = trained(measure, f"jitter-{amount:g}", settings, say, learned)
+        _, state = trained(measure, f"jitter-{amount:g}", settings, say, learned)
         name = f"masked, boxes at IoU {overlap(worse, boxes):.2f}"
         rows.append(drawn(measure, parts, "detector noise", name, Way(inside=with_lora(state or {}, e.rank)), count))
     return rows

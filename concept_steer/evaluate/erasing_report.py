@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from .. import pictures
 from ..statistics import correlation, frechet, wilson
-from .erasing import MARK, SHARE, WAYS, Measure, reference
+from .erasing import LEARNED, MARK, SHARE, WAYS, Measure, reference
 from .erasing_ablation import Row
 from .erasing_data import CONCEPTS
 from .fairness_drawing import Block, read_block
@@ -128,10 +129,10 @@ def _ablation(rows: Sequence[Row]) -> str:
 
 
 def _training(measure: Measure) -> str:
-    folder = measure.out / "erasing-learned"
     lines = []
-    for path in sorted(folder.glob("*.txt")):
-        lines += [f"**{path.stem}**", "", *(line + "  " for line in path.read_text("utf-8").splitlines()), ""]
+    for path in sorted((measure.out / LEARNED).glob("*.json")):
+        words = json.loads(path.read_text(encoding="utf-8"))["result"]["words"]
+        lines += [f"**{path.stem}**", "", *(line + "  " for line in words.splitlines()), ""]
     return "\n".join(lines) or "Nothing was trained."
 
 
