@@ -16,10 +16,12 @@ from . import (
     audit,
     demo,
     discover,
+    erase_prompt,
     fair,
     latent_clip,
     latent_guard,
     learn,
+    learn_erasing,
     optimise_noise,
     safe_latent_diffusion,
     safety,
@@ -51,6 +53,8 @@ class ConceptSteerExtension(ComfyExtension):
             *latent_clip.NODES,
             *optimise_noise.NODES,
             *latent_guard.NODES,
+            *learn_erasing.NODES,
+            *erase_prompt.NODES,
         ]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -63,8 +63,12 @@ def covered_share(boxes: Sequence[Fractions]) -> float:
     return float(raster.mean())
 
 
-def sheet(scan: Scan, folder: Path) -> Image.Image:
-    """For each concept pictures from the surest to the least sure, then clean ones; boxes in their concept's colour."""
+def sheet(scan: Scan, folder: Path, images: Mapping[Path, Image.Image] | None = None) -> Image.Image:
+    """For each concept pictures from the surest to the least sure, then clean ones; boxes in their concept's colour.
+
+    images: those that are in memory, by their file's name; the others are read.
+    """
+    images = images or {}
     colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(scan.concepts)}
     rows: list[list[Image.Image]] = []
     captions: list[list[str]] = []
@@ -78,7 +82,7 @@ def sheet(scan: Scan, folder: Path) -> Image.Image:
         picked = _spread(mine, ROW * (ROWS if concept else 1))
         for first in range(0, len(picked), ROW):
             part = picked[first : first + ROW]
-            rows.append([_drawn(one, colours) for one in part])
+            rows.append([_drawn(one, colours, images.get(one.file)) for one in part])
             captions.append([_under(one, concept, folder) for one in part])
             names.append(concept or "clean")
     return grid(rows, rows=names, captions=captions, cell=CELL, title="What was found")
@@ -96,10 +100,10 @@ def _under(found: Found, concept: str, folder: Path) -> str:
     return f"{short} ({found.scores.get(concept, 0.0):.2f})" if concept else short
 
 
-def _drawn(found: Found, colours: dict[str, tuple[int, int, int]]) -> Image.Image:
+def _drawn(found: Found, colours: dict[str, tuple[int, int, int]], known: Image.Image | None) -> Image.Image:
     """A thumbnail in a square cell with the boxes around what was found."""
     try:
-        image = as_seen(found.file)
+        image = as_seen(found.file) if known is None else known.copy()
     except UNREADABLE:  # taken away since it was looked at
         image = Image.new("RGB", (CELL, CELL), PAPER)
     image.thumbnail((CELL, CELL), Image.Resampling.LANCZOS)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,7 +27,17 @@ SDXL = ("clip_l", "clip_g")
 FORMAT = "1"
 ROOM = 75  # tokens of a prompt
 MAX_BYTES = 16 * 2**20
+MAX_HEADER = 2**16
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+
+
+def check_name(name: str) -> str:
+    """`name` itself when a prompt can call an embedding by it. Errors: LearnError."""
+    if not _NAME.fullmatch(name):
+        raise LearnError(
+            f"{name!r} cannot be the name of an embedding: take up to 64 letters, digits, '-', '_' or '.'."
+        )
+    return name
 
 
 @dataclass(frozen=True)
@@ -45,10 +55,7 @@ class LocationTokens:
     info: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not _NAME.fullmatch(self.name):
-            raise LearnError(
-                f"{self.name!r} cannot be the name of an embedding: take up to 64 letters, digits, '-', '_' or '.'."
-            )
+        check_name(self.name)
         check_bins(self.bins)
         if self.words.keys() != self.places.keys() or not self.words:
             raise LearnError(f"The embedding {self.name!r} must have words and places for the same text encoders.")
@@ -121,3 +128,28 @@ class LocationTokens:
             raise LearnError(
                 f"{path} is not an embedding that Learn Erasing wrote ({error}): choose another file, or learn it anew."
             ) from error
+
+
+def kept_in(folders: Sequence[Path]) -> dict[str, Path]:
+    """The embeddings that `save` wrote into folders and their subfolders, by the name that a prompt calls them by.
+
+    Only the files' headers are read, and only these tell: others' embeddings are left out.
+    """
+    found: dict[str, Path] = {}
+    for folder in folders:
+        for path in sorted(folder.rglob("*.safetensors")):
+            if _is_ours(path):
+                found.setdefault(path.relative_to(folder).with_suffix("").as_posix(), path)
+    return found
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > MAX_HEADER:
+                return False
+            header = json.loads(file.read(length).decode("utf-8"))
+        return header.get("__metadata__", {}).get("geom_erasing.format") == FORMAT
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return False

@@ -1,4 +1,4 @@
-"""A LoRA on the UNet, trained by peft and written in the layout that ComfyUI, AUTOMATIC1111 and diffusers read."""
+"""A LoRA on the UNet, trained by peft and written in kohya's layout: ComfyUI, AUTOMATIC1111 and diffusers read it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from ..denoiser import frozen
 from ..errors import LearnError
 from ..vector_file import write_atomic
 
@@ -23,41 +24,70 @@ State = dict[str, Tensor]
 
 @contextmanager
 def adapted(denoiser: Any, rank: int, seed: int = 0, state: Mapping[str, Tensor] | None = None) -> Iterator[None]:
-    """Inside, the UNet of a DiffusersDenoiser carries a LoRA: `state`, or a new one that changes nothing yet.
+    """Inside, the UNet of the denoiser carries a LoRA: `state`, or a new one that changes nothing yet.
 
-    Its weights want gradients, the UNet's own do not; afterwards everything is as it was. Errors: LearnError without
-    peft, or for another kind of model.
+    Its weights want gradients, the UNet's own do not; afterwards everything is as it was. ComfyUI's UNet is replaced
+    by a copy in fp32 for as long. Errors: LearnError without peft, or in a host whose model cannot be trained.
     """
     try:
-        from peft import LoraConfig, set_peft_model_state_dict
+        from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
     except ImportError as error:
-        raise LearnError(f"Training a LoRA needs {error.name}: pip install 'concept-steer[erase]'.") from error
-    unet = denoiser.unet
-    if not hasattr(unet, "add_adapter"):
-        raise LearnError("A LoRA can be trained on a model of diffusers only: use the command line.")
-    wanted = {name: parameter.requires_grad for name, parameter in unet.named_parameters()}
+        raise LearnError(
+            f"Training a LoRA needs {error.name}: pip install 'concept-steer[erase]', or in ComfyUI pip install peft "
+            "accelerate with the Python that runs it."
+        ) from error
+    diffusers = hasattr(denoiser.unet, "add_adapter")
+    if not diffusers and not hasattr(denoiser, "trainable"):
+        raise LearnError("A LoRA can be trained in ComfyUI and on the command line only.")
     denoiser.checkpoint_hash  # noqa: B018 - cached now: the LoRA renames the weights it wraps
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(TARGETS)), adapter_name=NAME)
-    try:
-        for name, parameter in unet.named_parameters():
-            parameter.requires_grad_("lora_" in name)
-        if state is not None:
-            set_peft_model_state_dict(unet, dict(state), adapter_name=NAME)
-        yield
-    finally:
-        unet.unload_lora()
-        for name, parameter in unet.named_parameters():
-            parameter.requires_grad_(wanted[name])
+    names = _names(denoiser)
+    targets = [own for own, name in names.items() if name.endswith(tuple(f".{target}" for target in TARGETS))]
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets)
+    with frozen(denoiser.unet) if diffusers else denoiser.trainable():
+        unet = denoiser.unet
+        try:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                if diffusers:
+                    unet.add_adapter(config, adapter_name=NAME)
+                else:
+                    inject_adapter_in_model(config, unet, adapter_name=NAME)
+            for name, parameter in unet.named_parameters():
+                parameter.requires_grad_("lora_" in name)
+                if "lora_" in name and state is None:
+                    parameter.data = parameter.data.float()  # Adam's small steps get lost in half precision
+            if state is not None:
+                back = {name: module for module, name in names.items()}
+                set_peft_model_state_dict(unet, _renamed(state, back), adapter_name=NAME)
+            yield
+        finally:
+            if diffusers:
+                unet.unload_lora()
 
 
 def state_of(denoiser: Any) -> State:
-    """A copy of the weights of the LoRA that the UNet carries now, on the CPU."""
+    """A copy of the weights of the LoRA that the UNet carries now, on the CPU, under diffusers' names."""
     from peft import get_peft_model_state_dict
 
     found = get_peft_model_state_dict(denoiser.unet, adapter_name=NAME)
-    return {name: tensor.detach().cpu().clone() for name, tensor in found.items()}
+    return _renamed({name: tensor.detach().cpu().clone() for name, tensor in found.items()}, _names(denoiser))
+
+
+def _names(denoiser: Any) -> dict[str, str]:
+    """diffusers' names of the UNet's layers, by their own."""
+    if hasattr(denoiser, "diffusers_names"):
+        return dict(denoiser.diffusers_names())
+    kinds = (torch.nn.Linear, torch.nn.Conv2d)
+    return {name: name for name, module in denoiser.unet.named_modules() if isinstance(module, kinds)}
+
+
+def _renamed(state: Mapping[str, Tensor], names: Mapping[str, str]) -> State:
+    """peft's weights (MODULE.lora_A.weight) with other names of their modules."""
+    found: State = {}
+    for key, tensor in state.items():
+        module, _, part = key.removesuffix(".weight").rpartition(".")
+        found[f"{names.get(module, module)}.{part}.weight"] = tensor
+    return found
 
 
 def rank_of(state: Mapping[str, Tensor]) -> int:
@@ -65,8 +95,8 @@ def rank_of(state: Mapping[str, Tensor]) -> int:
     return next(len(tensor) for name, tensor in state.items() if name.endswith("lora_A.weight"))
 
 
-def save(state: Mapping[str, Tensor], path: Path, about: Mapping[str, str], overwrite: bool = False) -> Path:
-    """Write peft's weights in kohya's layout (lora_unet_*.lora_down.weight, lora_up.weight, alpha), atomically."""
+def kohya(state: Mapping[str, Tensor]) -> State:
+    """peft's weights in kohya's layout: lora_unet_*.lora_down.weight, lora_up.weight and alpha."""
     named: State = {}
     for name, tensor in state.items():
         module, _, part = name.removesuffix(".weight").rpartition(".")
@@ -74,11 +104,16 @@ def save(state: Mapping[str, Tensor], path: Path, about: Mapping[str, str], over
         named[f"{key}.{'lora_down' if part == 'lora_A' else 'lora_up'}.weight"] = tensor.float().contiguous()
         if part == "lora_A":
             named[f"{key}.alpha"] = torch.tensor(float(tensor.shape[0]))
+    return named
+
+
+def save(state: Mapping[str, Tensor], path: Path, about: Mapping[str, str], overwrite: bool = False) -> Path:
+    """Write peft's weights in kohya's layout, atomically. Errors: VectorFileError."""
     rank = rank_of(state)
     told = {"ss_network_module": "networks.lora", "ss_network_dim": str(rank), "ss_network_alpha": str(rank)}
     info = {f"geom_erasing.{key}": value for key, value in about.items()}
     text = {**told, **info, "modelspec.sai_model_spec": "1.0.0", "ss_network_args": json.dumps({"conv_dim": str(rank)})}
-    return write_atomic(path, safetensors.torch.save(named, text), overwrite=overwrite)
+    return write_atomic(path, safetensors.torch.save(kohya(state), text), overwrite=overwrite)
 
 
 def load(path: Path, denoiser: Any) -> State:
@@ -87,11 +122,7 @@ def load(path: Path, denoiser: Any) -> State:
         stored = safetensors.torch.load_file(path)
     except Exception as error:
         raise LearnError(f"{path} cannot be read as a LoRA ({error}).") from error
-    known = {
-        "lora_unet_" + name.replace(".", "_"): name
-        for name, module in denoiser.unet.named_modules()
-        if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))
-    }
+    known = {"lora_unet_" + name.replace(".", "_"): name for name in _names(denoiser).values()}
     found: State = {}
     for key, tensor in stored.items():
         module, _, part = key.partition(".")

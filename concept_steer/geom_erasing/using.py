@@ -9,7 +9,23 @@ import torch
 
 from ..denoiser import Conditioning, Denoiser
 from ..errors import LearnError
+from .descent import TextReader
 from .embedding import LocationTokens
+
+
+def check_fit(embedding: LocationTokens, reader: TextReader) -> None:
+    """Errors: LearnError when the embedding is not for this reader's model."""
+    if set(embedding.words) != set(reader.encoders):
+        raise LearnError(
+            f"The embedding {embedding.name!r} was learned on another kind of model: it cannot be read here."
+        )
+    for key, rows in embedding.words.items():
+        width = reader.vectors_of("a")[key].shape[-1]
+        if rows.shape[-1] != width:
+            raise LearnError(
+                f"The embedding {embedding.name!r} has tokens of {rows.shape[-1]} numbers, this model has {width}: "
+                "use one that was learned on this family of models."
+            )
 
 
 class KnowingDenoiser:
@@ -20,19 +36,8 @@ class KnowingDenoiser:
         if len(set(names)) < len(names):
             raise LearnError(f"Two embeddings have the same name ({', '.join(sorted(names))}): rename one.")
         self._denoiser, self._reader = denoiser, denoiser.text_reader()
-        missing = [one.name for one in embeddings if set(one.words) != set(self._reader.encoders)]
-        if missing:
-            raise LearnError(
-                f"The embedding {missing[0]!r} was learned on another kind of model: it cannot be read here."
-            )
         for one in embeddings:
-            for key, rows in one.words.items():
-                width = self._reader.vectors_of("a")[key].shape[-1]
-                if rows.shape[-1] != width:
-                    raise LearnError(
-                        f"The embedding {one.name!r} has tokens of {rows.shape[-1]} numbers, this model has {width}: "
-                        "use one that was learned on this family of models."
-                    )
+            check_fit(one, self._reader)
         self._vocabulary = {word: rows for one in embeddings for word, rows in one.vocabulary().items()}
 
     def __getattr__(self, name: str) -> Any:

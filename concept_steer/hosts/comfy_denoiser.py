@@ -5,12 +5,15 @@ The UNet is taken with its weights as they are loaded (LoRAs included), without 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
 import comfy.model_management
 import comfy.model_sampling
+import comfy.utils
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import forward_timestep_embed, timestep_embedding
 from torch import Tensor
@@ -18,6 +21,7 @@ from torch import Tensor
 from ..denoiser import Conditioning, NoiseSchedule
 from ..errors import ConceptSteerError, LearnError
 from .comfy import family_of
+from .comfy_text import ComfyText
 from .ldm_unet import LdmDenoiser, RunBlock
 
 
@@ -42,6 +46,8 @@ class ComfyDenoiser(LdmDenoiser):
         family, channels = family_of(model)
         super().__init__(model.model.diffusion_model, family, channels, size)
         self.model, self.clip, self.vae = model, clip, vae
+        self.copied = False  # whether `unet` is now a copy of its own: see `trainable`
+        self._reader: ComfyText | None = None
 
     @property
     def device(self) -> torch.device:
@@ -49,6 +55,8 @@ class ComfyDenoiser(LdmDenoiser):
 
     @property
     def dtype(self) -> torch.dtype:
+        if self.copied:
+            return torch.float32
         return self.model.model.manual_cast_dtype or self.model.model.get_dtype()
 
     @cached_property
@@ -70,10 +78,23 @@ class ComfyDenoiser(LdmDenoiser):
         clip = _have(self.clip, "CLIP", "read prompts")
         parts = []
         for prompt in prompts:
-            embeds, pooled = clip.encode_from_tokens(clip.tokenize(prompt), return_pooled=True)
-            pooled = pooled.to(self.device) if self.unet.num_classes is not None else None
-            parts.append(Conditioning(embeds.to(self.device, self.dtype), pooled))
+            parts.append(
+                self._placed(Conditioning(*clip.encode_from_tokens(clip.tokenize(prompt), return_pooled=True)))
+            )
         return Conditioning.cat(parts)
+
+    def text_reader(self) -> ComfyText:
+        """The text encoders, for prompts with vectors of one's own and for gradients; one reader for all calls."""
+        if self._reader is None:
+            self._reader = ComfyText(_have(self.clip, "CLIP", "read prompts"), self._placed)
+        return self._reader
+
+    def _placed(self, cond: Conditioning) -> Conditioning:
+        """What the CLIP read, where the UNet wants it."""
+        pooled = None
+        if cond.pooled is not None and self.unet.num_classes is not None:
+            pooled = cond.pooled.to(self.device)
+        return Conditioning(cond.embeds.to(self.device, self.dtype), pooled)
 
     @torch.no_grad()
     def encode_pictures(self, pixels: Tensor) -> Tensor:
@@ -87,7 +108,35 @@ class ComfyDenoiser(LdmDenoiser):
         pixels = vae.decode(self.model.model.process_latent_out(latents.float()))
         return pixels.movedim(-1, 1) * 2 - 1
 
+    @contextmanager
+    def trainable(self) -> Iterator[Any]:
+        """Inside, `unet` is a copy in fp32 on the device, which may be changed and which gradients pass; then it goes.
+
+        Errors: LearnError for weights that are no plain numbers.
+        """
+        self.checkpoint_hash  # noqa: B018 - cached now: it is that of the model's own weights
+        self._ready()
+        own = self.unet
+        with torch.inference_mode(False), torch.no_grad():
+            made = copy.deepcopy(own)
+            if not all(weight.is_floating_point() for weight in made.parameters()):
+                raise LearnError("The weights of this model are quantised: train a LoRA on it in fp16, bf16 or fp32.")
+            self.unet, self.copied = made.float().to(self.device).requires_grad_(False), True
+        try:
+            yield made
+        finally:
+            self.unet, self.copied = own, False
+
+    def diffusers_names(self) -> dict[str, str]:
+        """What diffusers, and with it the files of LoRAs, call the UNet's modules: own name -> its name there."""
+        table = comfy.utils.unet_to_diffusers(self.model.model.model_config.unet_config)
+        names = {own.removesuffix(".weight"): name.removesuffix(".weight") for name, own in table.items()}
+        there = {name for name, _ in self.unet.named_modules()}  # the table names blocks that no UNet has
+        return {own: name for own, name in names.items() if own in there}
+
     def _ready(self) -> None:
+        if self.copied:
+            return
         comfy.model_management.load_models_gpu([self.model])
 
     def _time_embedding(self, times: Tensor) -> Tensor:

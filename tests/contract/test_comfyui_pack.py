@@ -186,11 +186,15 @@ def sockets_of(kind: str, schemas: dict[str, dict[str, Any]]) -> dict[str, str]:
     if kind in STOCK:
         return STOCK[kind][0]
     inputs = in_order(schemas[kind]["inputs"])
-    return {one["id"]: one["type"] for one in inputs if one["type"] not in WIDGETS}
+    return {one["id"]: one["type"] for one in inputs if not is_widget(one)}
+
+
+def is_widget(one: dict[str, Any]) -> bool:
+    return one["type"] in WIDGETS and not one.get("force_input")
 
 
 def widgets_of(kind: str, schemas: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    return [one for one in in_order(schemas[kind]["inputs"]) if one["type"] in WIDGETS]
+    return [one for one in in_order(schemas[kind]["inputs"]) if is_widget(one)]
 
 
 def outputs_of(kind: str, schemas: dict[str, dict[str, Any]]) -> list[str]:
@@ -211,6 +215,7 @@ def test_there_are_workflows_for_each_way_to_work():
         "10_pick_best",
         "11_optimise_noise",
         "12_latent_guard",
+        "13_erase",
     ]
 
 
@@ -257,8 +262,9 @@ def test_every_link_joins_an_output_and_an_input_of_one_type(schemas, path):
 def test_every_node_of_a_workflow_has_the_sockets_of_its_kind(schemas, path):
     for node in load(path)["nodes"]:
         sockets = sockets_of(node["type"], schemas)
-        assert {one["name"]: one["type"] for one in node["inputs"]} == sockets, node["type"]
-        assert [one["name"] for one in node["inputs"]] == list(sockets), node["type"]
+        inputs = [one for one in node["inputs"] if "widget" not in one]  # the others are widgets with a link
+        assert {one["name"]: one["type"] for one in inputs} == sockets, node["type"]
+        assert [one["name"] for one in inputs] == list(sockets), node["type"]
         assert [one["type"] for one in node["outputs"]] == outputs_of(node["type"], schemas), node["type"]
 
 

@@ -76,7 +76,7 @@ def test_the_readme_shows_every_command():
     shown = {shlex.split(c)[1] for c in commands() if "concept-steer " in c}
     assert shown == {
         "demo", "learn", "learn-safety", "discover", "apply", "fair", "audit", "analyse",
-        "show", "list", "import", "export-demo", "evaluate", "latent-clip",
+        "show", "list", "import", "export-demo", "evaluate", "latent-clip", "erase",
     }  # fmt: skip
 
 

@@ -83,6 +83,12 @@ def test_a_new_lora_changes_nothing(sd):
         assert torch.allclose(worn, sd.predict(x, 300.0, cond), atol=1e-6)
 
 
+def test_a_lora_is_learned_in_full_precision_on_a_model_in_half(tmp_path, examples):
+    half = DiffusersDenoiser(tiny_sd(tmp_path / "pipe").to(torch.bfloat16))
+    result = learn_erasing(half, examples, "bar", settings=ErasingSettings(bins=1, steps=2, batch=2, rank=2))
+    assert {value.dtype for value in result.lora.values()} == {torch.float32}
+
+
 def test_diffusers_reads_the_loras_file_and_predicts_the_same(tmp_path, examples):
     pipe = tiny_sd(tmp_path / "pipe")
     own = DiffusersDenoiser(pipe)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,13 @@ def host() -> hosts.Host:
     if isinstance(found, str):
         pytest.skip(found)
     return found
+
+
+@pytest.fixture(scope="session")
+def peft(host: hosts.Host) -> None:
+    """What trains a LoRA must be installed beside ComfyUI."""
+    if subprocess.run([str(host.python), "-c", "import peft"], capture_output=True, timeout=300).returncode:
+        pytest.skip(f"training a LoRA needs peft and accelerate: {host.python} -m pip install peft accelerate")
 
 
 @pytest.fixture(scope="session")
