@@ -33,10 +33,11 @@ def report(measure: Measure, command: str, about: Mapping[str, str], ablation: S
         figures += _of_way(measure, name, block, real, command)
     figures += _words(blocks, command)
     figures += [one for row in ablation for one in row.figures(command)]
+    whole = [one for one in figures if "set" not in one.extra]
     sections = [
         ("How it was measured", _about(measure, command, about)),
-        ("Every way", pivot(figures, _columns(), label="way", of=_way_of)),
-        ("The same by the localiser", pivot(figures, _columns("located_"), label="way", of=_way_of)),
+        ("Every way", pivot(whole, _columns(), label="way")),
+        ("The same by the localiser", pivot(whole, _columns("located_"), label="way")),
         ("Do the words alone control it", _controlled(figures)),
     ]
     if ablation:
@@ -45,10 +46,6 @@ def report(measure: Measure, command: str, about: Mapping[str, str], ablation: S
     sections.append(("What training said", _training(measure)))
     plots = {"pictures": _sheet(measure, blocks)} if NONE in blocks else {}
     return write(measure.out, "geom_erasing", figures, title="Geom-Erasing, measured", sections=sections, plots=plots)
-
-
-def _way_of(figure: Figure) -> str:
-    return figure.method if "set" not in figure.extra else ""
 
 
 def _columns(prefix: str = "") -> dict[str, str]:
