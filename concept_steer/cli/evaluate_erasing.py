@@ -45,7 +45,9 @@ def add_erasing(commands: Commands, common: argparse.ArgumentParser) -> None:
         "--style", type=Path, metavar="DIR", help="a build of another style (build_data --extra): also fine-tuning "
         "on spoiled pictures"
     )  # fmt: skip
-    parser.add_argument("--ablation", action="store_true", help="also name, places and weights; bins; worse boxes")
+    parser.add_argument(
+        "--ablation", type=names, help="also parts (name, places, weights, bins) or boxes (worse ones, masked), or both"
+    )
     parser.add_argument("--ways", type=names, default=names(WAYS), help=f"default: {WAYS}")
     parser.add_argument("--count", type=positive, default=1024, help="pictures a way (default: 1024)")
     parser.add_argument("--steps", type=positive, default=12, help="DDIM steps (default: 12)")
@@ -60,6 +62,8 @@ def add_erasing(commands: Commands, common: argparse.ArgumentParser) -> None:
 
 
 def _erasing(args: argparse.Namespace) -> int:
+    if unknown := [name for name in args.ablation or () if name not in ("parts", "boxes")]:
+        args.parser.error(f"--ablation is parts or boxes, not {unknown[0]}")
     out = ready_folder(args.out)
     from ..evaluate import erasing, erasing_ablation, erasing_report
     from ..evaluate.erasing_data import Build
@@ -78,8 +82,8 @@ def _erasing(args: argparse.Namespace) -> int:
     rows: list[Any] = []
     if args.style:
         rows += erasing_ablation.fine_tuning(measure, Build(args.style), _say)
-    if args.ablation:
-        rows += erasing_ablation.ablation(measure, _say)
+    for name in args.ablation or ():
+        rows += erasing_ablation.ABLATIONS[name](measure, _say)
     told = argparse.Namespace(**{**vars(args), "data": args.data.name, "style": args.style and args.style.name})
     about = {"model": f"demo ({denoiser.checkpoint_hash[:10]}), {args.dtype}"}
     written = erasing_report.report(measure, command_line(told, "erasing", *OPTIONS), about, rows)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from ..geom_erasing import ErasingSettings
+from ..geom_erasing.grid import Boxes
 from ..statistics import wilson
 from .erasing import SHARE, MarksEye, Measure, Way, trained, with_lora
 from .erasing_data import CONCEPTS, Build, examples, found_boxes, jittered, overlap, spoiled
@@ -41,7 +42,7 @@ class Row:
         ]
 
 
-def drawn(measure: Measure, parts: Parts, group: str, name: str, way: Way, count: int) -> Row:
+def drawn(measure: Measure, kept: Parts, group: str, name: str, way: Way, count: int) -> Row:
     """The first `count` captions of the table, drawn in one way and judged."""
 
     def make() -> dict[str, int]:
@@ -58,7 +59,7 @@ def drawn(measure: Measure, parts: Parts, group: str, name: str, way: Way, count
             hits["any"] += int(np.asarray(block["flagged"]).sum())
         return hits
 
-    return Row(group, name, parts.get(f"{group}-{name}", make, count=count), count)
+    return Row(group, name, kept.get(f"{group}-{name}", make, count=count), count)
 
 
 def fine_tuning(measure: Measure, style: Build, say: Say, count: int = 256) -> list[Row]:
@@ -66,22 +67,22 @@ def fine_tuning(measure: Measure, style: Build, say: Say, count: int = 256) -> l
     e = measure.effort
     given, captions, _ = spoiled(style, 0, min(e.learned, 600), CONCEPTS, SHARE)
     learned = examples(measure.teacher, given, captions, found_boxes(given, CONCEPTS))
-    parts = _parts(measure)
-    rows = [drawn(measure, parts, "fine-tuning", "before", Way(), count)]
+    kept = _parts(measure)
+    rows = [drawn(measure, kept, "fine-tuning", "before", Way(), count)]
     for name in ("plain", "told", "masked"):
         settings = ErasingSettings(steps=e.lora // SHORTER, rank=e.rank, way=name)  # type: ignore[arg-type]
         tokens, state = trained(measure, f"style-{name}", settings, say, learned)
         inside = with_lora(state or {}, e.rank)
-        rows.append(drawn(measure, parts, "fine-tuning", name, Way(inside=inside), count))
+        rows.append(drawn(measure, kept, "fine-tuning", name, Way(inside=inside), count))
         if tokens is not None:
             way = Way(negative=tokens.name, embeddings=(tokens,), inside=inside)
-            rows.append(drawn(measure, parts, "fine-tuning", "told, with its negative prompt", way, count))
+            rows.append(drawn(measure, kept, "fine-tuning", "told, with its negative prompt", way, count))
     return rows
 
 
-def ablation(measure: Measure, say: Say, count: int = 256) -> list[Row]:
-    """Name alone, with places, with weights; bins; boxes made worse on purpose."""
-    e, parts = measure.effort, _parts(measure)
+def parts(measure: Measure, say: Say, count: int = 256) -> list[Row]:
+    """Name alone, with places, with weights; bins."""
+    e, kept = measure.effort, _parts(measure)
     base = ErasingSettings(steps=e.lora // SHORTER, rank=e.rank)
     cases: dict[str, ErasingSettings] = {
         "name alone": replace(base, geometry=False, alpha=1.0),
@@ -96,17 +97,29 @@ def ablation(measure: Measure, say: Say, count: int = 256) -> list[Row]:
         assert tokens is not None
         negative = tokens.name if settings.geometry else tokens.concept
         way = Way(negative=negative, embeddings=(tokens,), inside=with_lora(state or {}, e.rank))
-        rows.append(drawn(measure, parts, "ablation", name, way, count))
-    given, _, _ = spoiled(measure.build, measure.count, e.learned, CONCEPTS, SHARE)
-    boxes = found_boxes(given, CONCEPTS)
-    for amount in (0.15, 0.4):
-        worse = jittered(boxes, amount)
-        settings = ErasingSettings(steps=e.lora // SHORTER, rank=e.rank, way="masked")
-        learned = replace(measure.learned, boxes=worse)
-        _, state = trained(measure, f"jitter-{amount:g}", settings, say, learned)
-        name = f"masked, boxes at IoU {overlap(worse, boxes):.2f}"
-        rows.append(drawn(measure, parts, "detector noise", name, Way(inside=with_lora(state or {}, e.rank)), count))
+        rows.append(drawn(measure, kept, "ablation", name, way, count))
     return rows
+
+
+def boxes(measure: Measure, say: Say, count: int = 256) -> list[Row]:
+    """Masked training with the localiser's boxes, with boxes made worse on purpose, and with spoiled pictures left out:
+    what a detector's errors cost, and what a picture with a mark is still worth."""
+    e, kept, learned = measure.effort, _parts(measure), measure.learned
+    settings = ErasingSettings(steps=e.lora // SHORTER, rank=e.rank, way="masked")
+    whole: list[Boxes] = [[(0.0, 0.0, 1.0, 1.0)] if some else [] for some in learned.boxes]
+    cases = {"localiser": list(learned.boxes), "left out": whole}
+    cases |= {f"jitter-{amount:g}": jittered(learned.boxes, amount) for amount in (0.15, 0.4)}
+    rows = []
+    for name, mine in cases.items():
+        _, state = trained(measure, f"boxes-{name.replace(' ', '-')}", settings, say, replace(learned, boxes=mine))
+        told = {"localiser": "the localiser's boxes", "left out": "spoiled pictures left out"}
+        spoken = told.get(name, f"boxes moved: IoU {overlap(mine, learned.boxes):.2f} with the localiser's")
+        way = Way(inside=with_lora(state or {}, e.rank))
+        rows.append(drawn(measure, kept, "masked", spoken, way, count))
+    return rows
+
+
+ABLATIONS = {"parts": parts, "boxes": boxes}
 
 
 def _parts(measure: Measure) -> Parts:
