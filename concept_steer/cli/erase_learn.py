@@ -23,7 +23,7 @@ PREVIEW = 4
 EPILOG = """examples:
   concept-steer erase scan my-pictures --detector watermark --out found
   concept-steer erase learn found/found.jsonl --way lora --out erased
-  accelerate launch --no-python concept-steer erase learn found/found.jsonl --checkpoint sd15 --way lora --out erased
+  accelerate launch --num_processes 2 -m concept_steer erase learn found/found.jsonl --way lora --out erased
 """
 
 
@@ -148,7 +148,7 @@ def _check_state(state: Path, args: argparse.Namespace) -> None:
             "begin anew."
         )
     if state.exists() and not args.resume:
-        state.unlink()
+        state.unlink(missing_ok=True)  # of several processes one comes first
 
 
 def _write(result: ErasingResult, files: dict[str, Path], args: argparse.Namespace) -> None:
