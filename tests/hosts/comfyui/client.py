@@ -127,10 +127,12 @@ class Client:
     def forget(self, wait: float = 0.5) -> None:
         """Drop all cached outputs, so that the next graph runs from its first node on.
 
-        The server does it when its worker next wakes up and says nothing of it: wait longer where all hangs on it.
+        The server does it when its worker next wakes up and says nothing of it; a worker that is busy just then
+        sleeps through the call, for up to ten seconds: wait longer where all hangs on it, and it is called again.
         """
-        self.post("/free", {"free_memory": True})
-        time.sleep(wait)
+        for _ in range(1 + int(wait)):
+            self.post("/free", {"free_memory": True})
+            time.sleep(min(wait, 1.0))
 
     @contextmanager
     def listening(self) -> Iterator[Listener]:
