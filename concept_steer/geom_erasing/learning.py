@@ -68,10 +68,8 @@ class ErasingResult:
             f"On unseen pictures the tokens take {self.gain:.1%} off the prediction's error where the thing is.",
         ]
         if self.gain < 0.01:
-            lines.append(
-                "That is next to nothing: this model's text does not reach what it paints there. Learn a LoRA with it, "
-                "or a masked one."
-            )
+            way_out = "Learn a LoRA with it, or a masked one." if self.lora is None else "Take a masked LoRA instead."
+            lines.append(f"That is next to nothing: this model's text does not reach what it paints there. {way_out}")
         lines.append(
             f"In use: {self.tokens.name} in the negative prompt; it takes {len(self.tokens)} of {ROOM} tokens."
         )
