@@ -8,48 +8,30 @@ itself reached under the neutral prompt. At use it is on at every step, with str
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 
 from concept_steer.denoiser import Conditioning
 from concept_steer.errors import ConceptSteerError
+from concept_steer.geom_erasing import lora
 from concept_steer.hosts.diffusers import DiffusersDenoiser
 from concept_steer.learn.result import encode, rows
 from concept_steer.sampling import ddim_step, noise, timesteps
 
-NAME = "slider"
 # every attention and every convolution of the residual blocks ("c3lier" of the authors' code, and attention)
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "time_emb_proj", "proj_in", "proj_out")
 State = dict[str, Tensor]
 Progress = Callable[[int, int, float, Callable[[], State]], None]
 
 
-@contextmanager
-def adapted(denoiser: DiffusersDenoiser, rank: int, seed: int, state: State | None = None) -> Iterator[None]:
+def adapted(
+    denoiser: DiffusersDenoiser, rank: int, seed: int, state: State | None = None
+) -> AbstractContextManager[None]:
     """Inside, the UNet carries a LoRA: `state`, or a new one that changes nothing yet; outside it is as it was."""
-    try:
-        from peft import LoraConfig, set_peft_model_state_dict
-    except ImportError as error:
-        raise ConceptSteerError(f"A LoRA slider needs {error.name}: pip install peft.") from error
-    unet = denoiser.unet
-    wanted = {name: parameter.requires_grad for name, parameter in unet.named_parameters()}
-    denoiser.checkpoint_hash  # noqa: B018 - cached now: the LoRA renames the weights it wraps
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(TARGETS)), adapter_name=NAME)
-    try:
-        for name, parameter in unet.named_parameters():
-            parameter.requires_grad_("lora_" in name)
-        if state is not None:
-            set_peft_model_state_dict(unet, state, adapter_name=NAME)
-        yield
-    finally:
-        unet.unload_lora()
-        for name, parameter in unet.named_parameters():
-            parameter.requires_grad_(wanted[name])
+    return lora.adapted(denoiser, rank, seed, state, TARGETS)
 
 
 def learn_slider(
@@ -105,13 +87,5 @@ def learn_slider(
             adam.step()
             denoiser.cost.backward_rows += 2 * batch
             if progress is not None:
-                progress(step + 1, steps, float(loss.detach()), lambda: state_of(denoiser))
-        return state_of(denoiser)
-
-
-def state_of(denoiser: DiffusersDenoiser) -> State:
-    """A copy of the weights of the LoRA that the UNet carries now."""
-    from peft import get_peft_model_state_dict
-
-    found = get_peft_model_state_dict(denoiser.unet, adapter_name=NAME)
-    return {name: tensor.detach().clone() for name, tensor in found.items()}
+                progress(step + 1, steps, float(loss.detach()), lambda: lora.state_of(denoiser))
+        return lora.state_of(denoiser)

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import ConceptSteerError, SafetyError
-from ..safety.detectors import Box, Detector, NudeNet, Verdict, _bgr, _package
+from ..safety.detectors import Box, Detector, NudeNet, Verdict, as_bgr, package_of
 from .own_localiser import DEMO, MODEL, load_file
 
 QR_SCALES = (1, 2, 3)  # small codes are found on an enlarged copy only
@@ -46,7 +46,7 @@ class QRCodes:
 
     def __init__(self, threshold: float = 0.5) -> None:
         self.threshold = threshold
-        self._cv2 = _package("cv2", "opencv-python-headless")
+        self._cv2 = package_of("cv2", "opencv-python-headless")
         # the younger one, by ArUco markers, sees nearly all; the other one is asked about what it leaves
         younger = getattr(self._cv2, "QRCodeDetectorAruco", None)
         self._nets = [net() for net in (younger, self._cv2.QRCodeDetector) if net is not None]
@@ -55,7 +55,7 @@ class QRCodes:
         return [self._verdict(image) for image in images]
 
     def _verdict(self, image: Image.Image) -> Verdict:
-        array = _bgr(image)
+        array = as_bgr(image)
         codes: list[tuple[float, Box]] = []
         for scale in QR_SCALES:
             if scale > 1 and scale * max(image.size) > QR_LONGEST:
@@ -104,7 +104,7 @@ class WrittenText:
         return _verdict_of(self.concept, found, self.threshold)
 
     def _lines(self, image: Image.Image) -> list[tuple[str, float, np.ndarray]]:
-        found = self._read(_bgr(image))
+        found = self._read(as_bgr(image))
         if found.boxes is None or found.txts is None:
             return []
         return [(t, float(s), np.asarray(c)) for t, s, c in zip(found.txts, found.scores, found.boxes, strict=True)]
@@ -196,8 +196,8 @@ def detector_spec(text: str) -> Detector:
 
 def _reader() -> Any:
     """RapidOCR on the weights in its own wheel. Named one by one: it downloads what it does not find."""
-    package = _package("rapidocr", "rapidocr (with onnxruntime)")
-    _package("onnxruntime", "onnxruntime")
+    package = package_of("rapidocr", "rapidocr (with onnxruntime)")
+    package_of("onnxruntime", "onnxruntime")
     folder = Path(str(package.__file__)).parent / "models"
     params: dict[str, Any] = {"Global.log_level": "error"}
     for part in OCR_WEIGHTS:

