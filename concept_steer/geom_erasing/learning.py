@@ -65,7 +65,9 @@ class ErasingResult:
         lines = [
             f"{self.tokens.name}: {what} for {self.concept!r}, {self.tokens.bins} x {self.tokens.bins} places, "
             f"{self.stopped}.",
-            f"On unseen pictures the tokens take {self.gain:.1%} off the prediction's error where the thing is.",
+            "Too few pictures show it to keep some aside, so what the tokens can do was not measured."
+            if math.isnan(self.gain)
+            else f"On unseen pictures the tokens take {self.gain:.1%} off the prediction's error where the thing is.",
         ]
         if self.gain < 0.01:
             way_out = "Learn a LoRA with it, or a masked one." if self.lora is None else "Take a masked LoRA instead."

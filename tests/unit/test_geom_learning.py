@@ -61,6 +61,12 @@ def test_tokens_that_do_nothing_are_called_that(sd, examples):
     assert "next to nothing" in result.summary()
 
 
+def test_too_few_pictures_to_keep_some_aside_are_said_and_not_a_number(sd, examples):
+    few = Examples(examples.latents, examples.captions, [BOX] * 4 + [[]] * 8)
+    words = learn_erasing(sd, few, "bar", settings=SHORT).summary()
+    assert "was not measured" in words and "nan" not in words
+
+
 def test_a_lora_leaves_the_model_as_it_was_and_acts_while_it_is_worn(sd, examples):
     before = weights(sd)
     settings = ErasingSettings(bins=1, steps=10, batch=4, rank=2, lora_rate=1e-2)
