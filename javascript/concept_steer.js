@@ -16,3 +16,7 @@ function conceptSteerLearn() {
 function conceptSteerAudit() {
     return conceptSteerWork("concept_steer_audit_gallery", arguments);
 }
+
+function conceptSteerErase() {
+    return conceptSteerWork("concept_steer_erase_gallery", arguments);
+}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,30 +9,18 @@ import comfy.model_management
 import folder_paths
 import torch
 from comfy_api.latest import io, ui
-from PIL import Image
 
-from ..concept_steer.errors import LearnError, SettingError
-from ..concept_steer.geom_erasing import lora
-from ..concept_steer.geom_erasing.dataset import Scan, detect
-from ..concept_steer.geom_erasing.dataset_report import covered_share, sheet
-from ..concept_steer.geom_erasing.detectors import KNOWN, detector_of
-from ..concept_steer.geom_erasing.embedding import LocationTokens, check_name
-from ..concept_steer.geom_erasing.found_file import Found
-from ..concept_steer.geom_erasing.learning import ErasingResult, learn_erasing
-from ..concept_steer.geom_erasing.preview import ErasingPreview
+from ..concept_steer.errors import LearnError
+from ..concept_steer.geom_erasing.detectors import KNOWN
+from ..concept_steer.geom_erasing.learning import ErasingResult
 from ..concept_steer.geom_erasing.reading import encode
-from ..concept_steer.geom_erasing.settings import ErasingSettings, Examples
-from ..concept_steer.learn.request import lines_of
-from ..concept_steer.learn.watch import PREVIEWS
-from ..concept_steer.library import safe_name
+from ..concept_steer.geom_erasing.request import EMBEDDINGS, LORAS, TOKENS, WAYS, Erasing, ErasingRequest
+from ..concept_steer.geom_erasing.settings import Examples
 from ..concept_steer.pictures import stacked
 from .common import denoiser_of, schema, to_image_tensor, to_pictures, to_pixels
 from .watch import Watch
 
-TOKENS, BOTH, MASKED = "tokens (model removal)", "tokens + LoRA (data removal)", "masked LoRA (no words needed)"
-AT_ONCE = 8  # pictures a detector is given
-LOOKING = 10  # percent of the bar that looking for the thing takes
-SHOWN = 4  # pictures of the live preview
+KEYS = {words: key for key, words in WAYS.items()}
 
 
 class LearnErasing(io.ComfyNode):
@@ -80,8 +67,8 @@ class LearnErasing(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "way",
-                    options=[TOKENS, BOTH, MASKED],
-                    default=TOKENS,
+                    options=list(KEYS),
+                    default=WAYS[TOKENS],
                     tooltip="Tokens: words for the negative prompt, the model stays. With LoRA: learns the pictures "
                     "too, without the thing. Masked: a LoRA from all but the thing, used without words.",
                 ),
@@ -139,118 +126,42 @@ class LearnErasing(io.ComfyNode):
         save: bool = True,
         overwrite: bool = False,
     ) -> io.NodeOutput:
-        judge = detector_of(detector, threshold)
-        own = str(getattr(judge, "concept", detector))
-        concept = concept.strip() or own
-        name = safe_name(check_name(name.strip() or "no-" + "-".join(concept.lower().split())))
-        settings = ErasingSettings(
-            bins=bins,
-            steps=steps,
-            batch=batch,
-            rank=0 if way == TOKENS else rank,
-            way="masked" if way == MASKED else "told",
-            seed=token_seed,
+        request = ErasingRequest(
+            detector, threshold, concept, captions, KEYS[way], bins, steps, batch, rank, token_seed, name
         )
-        paths = _paths(name, way, overwrite) if save else {}
-        watch = _Watch(cls.hidden.unique_id)
+        watch = Watch(cls.hidden.unique_id, None)
+        folders = {kind: Path(folder_paths.get_folder_paths(kind)[0]) for kind in (EMBEDDINGS, LORAS)}
+        work = Erasing(request, watch, folders if save else None, overwrite)
         images = _whole_cells(images)
-        texts = _captions(captions, len(images))
+        texts = request.captions_of(len(images))
         pictures = to_pictures(images)
-        found = watch.looking(pictures, texts, lambda some, told: detect(some, told, [judge]))
-        boxes = [one.boxes.get(own, []) for one in found]
+        work.look(pictures.__getitem__, texts, comfy.model_management.throw_exception_if_processing_interrupted)
         denoiser = denoiser_of(model, clip, vae, 0)
-        examples = Examples(encode(denoiser, to_pixels(images)), texts, boxes)
-        result = watch.learned(denoiser, examples, concept, name, settings)
+        result = _learned(work, denoiser, Examples(encode(denoiser, to_pixels(images)), texts, work.boxes))
         changed = _with_lora(model, result)
-        told = [_seen(boxes, concept), *result.summary().splitlines(), *_kept(result, paths, overwrite)]
-        after = watch.preview.sheet(result.tokens, "before and after", denoiser_of(changed, clip, vae, 0))
-        where = _sheet(pictures, found, own)
+        told = work.keep()
+        after = work.preview.sheet(result.tokens, "before and after", denoiser_of(changed, clip, vae, 0))
+        where = work.where()
         watch.last(stacked([after, where]))
         watch.finish()
         shown = [to_image_tensor([one]) for one in (after, where)]
         saved = [image for one in shown for image in ui.PreviewImage(one, cls=cls).as_dict()["images"]]
         return io.NodeOutput(
             changed,
-            "" if result.tokens is None else name,
+            "" if result.tokens is None else work.name,
             "\n".join(told),
             shown[1],
             ui={"images": saved, "animated": (False,)},
         )
 
 
-class _Watch(Watch):
-    """Looking for the thing, then learning, on one bar with live pictures; Interrupt keeps what is learned."""
-
-    preview: Any
-
-    def __init__(self, node_id: Any) -> None:
-        super().__init__(node_id, None)
-
-    def looking(
-        self,
-        images: Sequence[Image.Image],
-        captions: Sequence[str],
-        look: Callable[[Sequence[Image.Image], Sequence[str]], list[Found]],
-    ) -> list[Found]:
-        """What is in the pictures; their files' names are their numbers."""
-        found: list[Found] = []
-        for first in range(0, len(images), AT_ONCE):
-            comfy.model_management.throw_exception_if_processing_interrupted()
-            part = slice(first, first + AT_ONCE)
-            found += look(images[part], captions[part])
-            self.at(LOOKING * min(len(found) / len(images), 1))
-        return [
-            Found(Path(f"picture {i + 1}"), one.caption, one.boxes, "", one.size, one.scores)
-            for i, one in enumerate(found)
-        ]
-
-    def learned(
-        self, denoiser: Any, examples: Examples, concept: str, name: str, settings: ErasingSettings
-    ) -> ErasingResult:
-        prompts = list(dict.fromkeys([*(examples.captions[i] for i in examples.spoiled), *examples.captions]))
-        seeds = [settings.seed + 1000 + i for i in range(SHOWN)]
-        self.preview = ErasingPreview(denoiser, [prompts[i % len(prompts)] for i in range(SHOWN)], seeds)
-
-        def progress(step: int, steps: int, loss: float, tokens: Callable[[], LocationTokens]) -> None:
-            words, image = f"step {step} of {steps}, loss {loss:.3f}", None
-            if step % max(1, steps // PREVIEWS) == 0 and not self.stop():
-                image = self.preview.sheet(tokens() if settings.way == "told" else None, words)
-            self.at(LOOKING + (100 - LOOKING) * step / steps, image, words)
-
-        try:
-            self.preview.begin()
-            return learn_erasing(
-                denoiser, examples, concept, name=name, settings=settings, progress=progress, stop=self.stop
-            )
-        except LearnError:
-            if self.interrupted:  # before its first step: there is nothing to keep
-                raise comfy.model_management.InterruptProcessingException from None
-            raise
-
-
-def _paths(name: str, way: str, overwrite: bool) -> dict[str, Path]:
-    """Where the parts are kept. Errors: SettingError for a name that is taken: before minutes of learning."""
-    kinds = {TOKENS: ("embeddings",), BOTH: ("embeddings", "loras"), MASKED: ("loras",)}[way]
-    found = {kind: Path(folder_paths.get_folder_paths(kind)[0]) / f"{name}.safetensors" for kind in kinds}
-    taken = [str(path) for path in found.values() if path.exists()]
-    if taken and not overwrite:
-        raise SettingError(f"{taken[0]} is there already: choose another name, or turn `overwrite` on.")
-    return found
-
-
-def _kept(result: ErasingResult, paths: dict[str, Path], overwrite: bool) -> list[str]:
-    if not paths:
-        return ["Not kept: save is off."]
-    if result.tokens is not None:
-        result.tokens.save(paths["embeddings"], overwrite)
-    if result.lora is not None:
-        about = {
-            "concept": result.concept,
-            "steps": str(len(result.losses)),
-            "way": "told" if result.tokens is not None else "masked",
-        }
-        lora.save(result.lora, paths["loras"], about, overwrite)
-    return [f"Saved: {', '.join(f'{kind}/{path.name}' for kind, path in paths.items())}."]
+def _learned(work: Erasing, denoiser: Any, examples: Examples) -> ErasingResult:
+    try:
+        return work.learn(denoiser, examples)
+    except LearnError:
+        if work.watch.interrupted:  # before its first step: there is nothing to keep
+            raise comfy.model_management.InterruptProcessingException from None
+        raise
 
 
 def _with_lora(model: Any, result: ErasingResult) -> Any:
@@ -261,32 +172,11 @@ def _with_lora(model: Any, result: ErasingResult) -> Any:
     return with_lora(model, result.lora)
 
 
-def _captions(text: str, count: int) -> list[str]:
-    """Errors: SettingError when there are neither none, nor one, nor one for each picture."""
-    lines = lines_of(text) or [""]
-    if len(lines) not in (1, count):
-        raise SettingError(
-            f"{count} pictures came with {len(lines)} captions: write one line for all of them, or one for each."
-        )
-    return lines * count if len(lines) == 1 else lines
-
-
 def _whole_cells(images: torch.Tensor) -> torch.Tensor:
     """Cut at the edges to multiples of 8 pixels, as the VAE does it: boxes are then where the latent has them."""
     height, width = (side // 8 * 8 for side in images.shape[1:3])
     top, left = ((side - kept) // 2 for side, kept in zip(images.shape[1:3], (height, width), strict=True))
     return images[:, top : top + height, left : left + width]
-
-
-def _seen(boxes: Sequence[Any], concept: str) -> str:
-    mine = [covered_share(one) for one in boxes if one]
-    told = f"{concept!r} was found in {len(mine)} of {len(boxes)} pictures ({len(mine) / len(boxes):.0%})"
-    return told + (f"; where it is, it covers {sum(mine) / len(mine):.0%} of the picture." if mine else ".")
-
-
-def _sheet(pictures: Sequence[Image.Image], found: Sequence[Found], concept: str) -> Image.Image:
-    images = {one.file: picture for one, picture in zip(found, pictures, strict=True)}
-    return sheet(Scan(found, (), 0, [concept], True, Path()), Path(), images)
 
 
 NODES = [LearnErasing]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,14 @@ from torch import Tensor
 
 from ..denoiser import frozen
 from ..errors import LearnError
+from ..unet_names import unet_key
 from ..vector_file import write_atomic
 
 NAME = "concept_steer"
+LEVEL = re.compile(r"down_blocks\.\d+\.(?:resnets|attentions)\.(\d+)\.")
 # attention, and every convolution of the residual blocks: what a UNet paints with
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "conv1", "conv2", "proj_in", "proj_out")
+ENDINGS = tuple(f".{target}" for target in TARGETS)
 State = dict[str, Tensor]
 
 
@@ -41,12 +45,12 @@ def adapted(
         from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
     except ImportError as error:
         raise LearnError(
-            f"Training a LoRA needs {error.name}: pip install 'concept-steer[erase]', or in ComfyUI pip install peft "
-            "accelerate with the Python that runs it."
+            f"Training a LoRA needs {error.name}: pip install 'concept-steer[erase]', or with the Python that runs the "
+            "host pip install peft accelerate (ComfyUI), pip install --no-deps peft==0.13.2 (AUTOMATIC1111)."
         ) from error
     diffusers = hasattr(denoiser.unet, "add_adapter")
     if not diffusers and not hasattr(denoiser, "trainable"):
-        raise LearnError("A LoRA can be trained in ComfyUI and on the command line only.")
+        raise LearnError("The UNet of this host cannot be trained: learn a LoRA on the command line.")
     denoiser.checkpoint_hash  # noqa: B018 - cached now: the LoRA renames the weights it wraps
     names = _names(denoiser)
     endings = tuple(f".{target}" for target in targets)
@@ -105,15 +109,30 @@ def rank_of(state: Mapping[str, Tensor]) -> int:
 
 
 def kohya(state: Mapping[str, Tensor]) -> State:
-    """peft's weights in kohya's layout: lora_unet_*.lora_down.weight, lora_up.weight and alpha."""
+    """peft's weights in kohya's layout: lora_unet_*.lora_down.weight, lora_up.weight and alpha.
+
+    AUTOMATIC1111 finds a layer by diffusers' name only where a level has two residual blocks, as in SD and SDXL: other
+    UNets' layers are called as ldm calls them, which all readers know too.
+    """
     named: State = {}
+    blocks = _blocks(state)
     for name, tensor in state.items():
         module, _, part = name.removesuffix(".weight").rpartition(".")
-        key = "lora_unet_" + module.replace(".", "_")
+        key = _called(module, blocks)
         named[f"{key}.{'lora_down' if part == 'lora_A' else 'lora_up'}.weight"] = tensor.float().contiguous()
         if part == "lora_A":
             named[f"{key}.alpha"] = torch.tensor(float(tensor.shape[0]))
     return named
+
+
+def _blocks(names: Iterable[str]) -> int:
+    """Residual blocks a level of the UNet whose layers have these names in diffusers; 2 where they do not tell."""
+    return 1 + max((int(found[1]) for name in names if (found := LEVEL.match(name))), default=1)
+
+
+def _called(name: str, blocks: int) -> str:
+    own = name if blocks == 2 else unet_key(f"{name}.weight", blocks).removesuffix(".weight")
+    return "lora_unet_" + own.replace(".", "_")
 
 
 def save(state: Mapping[str, Tensor], path: Path, about: Mapping[str, str], overwrite: bool = False) -> Path:
@@ -131,7 +150,8 @@ def load(path: Path, denoiser: Any) -> State:
         stored = safetensors.torch.load_file(path)
     except Exception as error:
         raise LearnError(f"{path} cannot be read as a LoRA ({error}).") from error
-    known = {"lora_unet_" + name.replace(".", "_"): name for name in _names(denoiser).values()}
+    names = [name for name in _names(denoiser).values() if name.endswith(ENDINGS)]
+    known = {_called(name, blocks): name for name in names for blocks in (2, _blocks(names))}
     found: State = {}
     for key, tensor in stored.items():
         module, _, part = key.partition(".")

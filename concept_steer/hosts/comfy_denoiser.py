@@ -5,15 +5,12 @@ The UNet is taken with its weights as they are loaded (LoRAs included), without 
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
 import comfy.model_management
 import comfy.model_sampling
-import comfy.utils
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import forward_timestep_embed, timestep_embedding
 from torch import Tensor
@@ -46,7 +43,6 @@ class ComfyDenoiser(LdmDenoiser):
         family, channels = family_of(model)
         super().__init__(model.model.diffusion_model, family, channels, size)
         self.model, self.clip, self.vae = model, clip, vae
-        self.copied = False  # whether `unet` is now a copy of its own: see `trainable`
         self._reader: ComfyText | None = None
 
     @property
@@ -107,32 +103,6 @@ class ComfyDenoiser(LdmDenoiser):
         vae = _have(self.vae, "VAE", "draw pictures")
         pixels = vae.decode(self.model.model.process_latent_out(latents.float()))
         return pixels.movedim(-1, 1) * 2 - 1
-
-    @contextmanager
-    def trainable(self) -> Iterator[Any]:
-        """Inside, `unet` is a copy in fp32 on the device, which may be changed and which gradients pass; then it goes.
-
-        Errors: LearnError for weights that are no plain numbers.
-        """
-        self.checkpoint_hash  # noqa: B018 - cached now: it is that of the model's own weights
-        self._ready()
-        own = self.unet
-        with torch.inference_mode(False), torch.no_grad():
-            made = copy.deepcopy(own)
-            if not all(weight.is_floating_point() for weight in made.parameters()):
-                raise LearnError("The weights of this model are quantised: train a LoRA on it in fp16, bf16 or fp32.")
-            self.unet, self.copied = made.float().to(self.device).requires_grad_(False), True
-        try:
-            yield made
-        finally:
-            self.unet, self.copied = own, False
-
-    def diffusers_names(self) -> dict[str, str]:
-        """What diffusers, and with it the files of LoRAs, call the UNet's modules: own name -> its name there."""
-        table = comfy.utils.unet_to_diffusers(self.model.model.model_config.unet_config)
-        names = {own.removesuffix(".weight"): name.removesuffix(".weight") for name, own in table.items()}
-        there = {name for name, _ in self.unet.named_modules()}  # the table names blocks that no UNet has
-        return {own: name for own, name in names.items() if own in there}
 
     def _ready(self) -> None:
         if self.copied:

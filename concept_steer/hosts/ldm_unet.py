@@ -6,6 +6,7 @@ differ in how a block is called, in where prompts and pictures are read, and in 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -18,9 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..denoiser import Conditioning, Cost, HState, Steers, Time, frozen, steer_rows, steers_of_rows
-from ..errors import ConceptSteerError
+from ..errors import ConceptSteerError, LearnError
 from ..family import detect
 from ..steering import check_steers
+from .ldm_names import diffusers_names
 
 SIZES = {"sd1": 64, "sd2": 64, "sdxl": 128, "sdxl-refiner": 128, "demo": 16}  # cells of the latent a side
 # block(h), its place ("input", 3) and the shape it has to come out with, if known
@@ -128,6 +130,7 @@ class LdmDenoiser(ABC):
         cells = SIZES.get(family, 64) if size is None else size // 8
         self._latent_shape = (4, cells, cells)
         self._copies: dict[type[nn.Module], dict[str, Tensor]] = {}
+        self.copied = False  # whether `unet` is now a copy of its own: see `trainable`
         self.cost = Cost()
 
     @property
@@ -182,6 +185,29 @@ class LdmDenoiser(ABC):
                 yield
             finally:
                 self._copies = {}
+
+    @contextmanager
+    def trainable(self) -> Iterator[Any]:
+        """Inside, `unet` is a copy in fp32 on the device, which may be changed and which gradients pass; then it goes.
+
+        Errors: LearnError for weights that are no plain numbers.
+        """
+        self.checkpoint_hash  # noqa: B018 - cached now: it is that of the model's own weights
+        self._ready()
+        own = self.unet
+        with torch.inference_mode(False), torch.no_grad():
+            made = copy.deepcopy(own)
+            if not all(weight.is_floating_point() for weight in made.parameters()):
+                raise LearnError("The weights of this model are quantised: train a LoRA on it in fp16, bf16 or fp32.")
+            self.unet, self.copied = made.float().to(self.device).requires_grad_(False), True
+        try:
+            yield made
+        finally:
+            self.unet, self.copied = own, False
+
+    def diffusers_names(self) -> dict[str, str]:
+        """What diffusers, and with it the files of LoRAs, call the UNet's modules: own name -> its name there."""
+        return diffusers_names(self.unet)
 
     def to_h(self, x: Tensor, t: Time, cond: Conditioning) -> HState:
         """x (B, 4, H, W), t in training timesteps -> h and what the decoder needs; UNetModel's forward up to there."""

@@ -35,6 +35,7 @@ def add_routes(demo: Any, app: Any) -> None:
     app.add_api_route(f"{ROOT}/vectors/{{name:path}}", vector, methods=["GET"], dependencies=guard)
     app.add_api_route(f"{ROOT}/attributes", attributes, methods=["GET"], dependencies=guard)
     app.add_api_route(f"{ROOT}/learn", webui_learning_api.learn, methods=["POST"], dependencies=guard)
+    app.add_api_route(f"{ROOT}/erase", webui_learning_api.erase, methods=["POST"], dependencies=guard)
 
 
 def vectors() -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from ..denoiser import Conditioning, NoiseSchedule
 from ..errors import ConceptSteerError, LearnError
 from .ldm_unet import LdmDenoiser, RunBlock, text_width, unet_family
+from .webui_text import WebuiText
 
 TAG = re.compile(r"<\w+:[^>]*>")  # an extra network's
 
@@ -66,6 +67,7 @@ class WebuiDenoiser(LdmDenoiser):
         family, channels = family_of(sd_model)
         super().__init__(_inner(sd_model).diffusion_model, family, channels, size)
         self.sd_model = sd_model
+        self._reader: WebuiText | None = None
         self._check_host()
 
     @property
@@ -74,7 +76,7 @@ class WebuiDenoiser(LdmDenoiser):
 
     @property
     def dtype(self) -> torch.dtype:
-        return host("devices").dtype_unet
+        return torch.float32 if self.copied else host("devices").dtype_unet
 
     @cached_property
     def schedule(self) -> NoiseSchedule:
@@ -92,16 +94,28 @@ class WebuiDenoiser(LdmDenoiser):
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> Conditioning:
         """All prompts are padded to the longest one's multiple of 75 tokens, as the web UI does in a batch."""
-        for prompt in prompts:
-            if tag := TAG.search(prompt):
-                raise LearnError(f"Prompts to learn from are plain text: take out {tag[0]}.")
+        return self._read(plain(prompts))
+
+    def text_reader(self) -> WebuiText:
+        """The text encoders, for prompts with vectors of one's own and for gradients; one reader for all calls."""
+        if getattr(host("shared").opts, "use_old_emphasis_implementation", False):
+            raise LearnError("The old emphasis implementation (Settings > Compatibility) cannot learn: switch it off.")
+        if self._reader is None:
+            self._reader = WebuiText(self.sd_model, self._read)
+        return self._reader
+
+    def _read(self, prompts: Sequence[str]) -> Conditioning:
         _, height, width = self.latent_shape
         texts = host("prompt_parser").SdConditioning(list(prompts), width=width * 8, height=height * 8)
         with host("devices").autocast():
-            found = self.sd_model.get_learned_conditioning(texts)
+            found = self._conditioning(texts)
         embeds, pooled = (found["crossattn"], found["vector"]) if isinstance(found, dict) else (found, None)
         pooled = None if pooled is None else pooled.to(self.device)
         return Conditioning(embeds.to(self.device, self.dtype), pooled)
+
+    def _conditioning(self, texts: Any) -> Any:
+        """The web UI's own, which gradients pass."""
+        return self.sd_model.get_learned_conditioning(texts)
 
     @torch.no_grad()
     def encode_pictures(self, pixels: Tensor) -> Tensor:
@@ -138,7 +152,8 @@ class WebuiDenoiser(LdmDenoiser):
             )
 
     def _ready(self) -> None:
-        self._bring(self.sd_model.model)
+        if not self.copied:
+            self._bring(self.sd_model.model)
 
     def _bring(self, module: Any) -> None:
         """--medvram keeps one part of the model on the device: let it be this one."""
@@ -158,7 +173,7 @@ class WebuiDenoiser(LdmDenoiser):
         return lambda block, h, place, shape: block(h, emb, context)
 
     def _running(self) -> AbstractContextManager[Any]:
-        return host("devices").autocast()
+        return nullcontext() if self.copied else host("devices").autocast()
 
     def _label(self, x: Tensor, cond: Conditioning) -> Tensor:
         """SDXL's vector (pooled prompt and sizes) as the web UI's conditioner made it."""
@@ -199,6 +214,14 @@ def learning(size: int | None = None) -> Iterator[WebuiDenoiser]:
     bare = host("processing").StableDiffusionProcessingTxt2Img()
     host("extra_networks").activate(bare, {})  # LoRAs stay in the weights until the next picture says otherwise
     yield denoiser_of(shared.sd_model, size)
+
+
+def plain(prompts: Sequence[str]) -> Sequence[str]:
+    """The prompts themselves. Errors: LearnError when one calls an extra network."""
+    for prompt in prompts:
+        if tag := TAG.search(prompt):
+            raise LearnError(f"Prompts to learn from are plain text: take out {tag[0]}.")
+    return prompts
 
 
 def finite(tensor: Tensor) -> Tensor:

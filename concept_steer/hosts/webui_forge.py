@@ -15,6 +15,7 @@ from ..denoiser import Conditioning, NoiseSchedule
 from ..errors import LearnError
 from .ldm_unet import RunBlock
 from .webui_denoiser import WebuiDenoiser, finite, host
+from .webui_text import whole_gradient
 
 WHOLE = (torch.float32, torch.float16, torch.bfloat16)  # weights that are not quantised
 
@@ -35,7 +36,7 @@ class ForgeDenoiser(WebuiDenoiser):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.patcher.model.computation_dtype
+        return torch.float32 if self.copied else self.patcher.model.computation_dtype
 
     @cached_property
     def schedule(self) -> NoiseSchedule:
@@ -48,11 +49,14 @@ class ForgeDenoiser(WebuiDenoiser):
             )
         return NoiseSchedule(alphas.clone(), kind)
 
-    @torch.no_grad()
-    def encode_text(self, prompts: Sequence[str]) -> Conditioning:
+    def _read(self, prompts: Sequence[str]) -> Conditioning:
         self.sd_model.set_clip_skip(int(host("shared").opts.CLIP_stop_at_last_layers))
-        found = super().encode_text(prompts)
+        found = super()._read(prompts)
         return Conditioning(found.embeds.clone(), None if found.pooled is None else found.pooled.clone())
+
+    def _conditioning(self, texts: Any) -> Any:
+        read = self.sd_model.get_learned_conditioning
+        return whole_gradient(read)(texts) if torch.is_grad_enabled() else read(texts)
 
     @torch.no_grad()
     def encode_pictures(self, pixels: Tensor) -> Tensor:
@@ -72,6 +76,13 @@ class ForgeDenoiser(WebuiDenoiser):
         with super().frozen(), copied_norms(self.unet):
             yield
 
+    @contextmanager
+    def trainable(self) -> Iterator[Any]:
+        with super().trainable() as unet:
+            use_torch_linear(unet)
+            with copied_norms(unet):
+                yield unet
+
     def _check_host(self) -> None:
         stored = self.patcher.model.storage_dtype
         if stored not in WHOLE:
@@ -81,7 +92,8 @@ class ForgeDenoiser(WebuiDenoiser):
             )
 
     def _ready(self) -> None:
-        _memory().load_models_gpu([self.patcher])
+        if not self.copied:
+            _memory().load_models_gpu([self.patcher])
 
     def _time_embedding(self, times: Tensor) -> Tensor:
         module = importlib.import_module(type(self.unet).__module__)
@@ -113,6 +125,17 @@ def copied_norms(unet: nn.Module) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def use_torch_linear(unet: nn.Module) -> None:
+    """Forge's linear layers, which are no nn.Linear and so known to no library, become such, with the same weights."""
+    for parent in list(unet.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child).__name__ == "Linear" and not isinstance(child, nn.Linear):
+                own: Any = child
+                made = nn.Linear(own.weight.shape[1], own.weight.shape[0], own.bias is not None, device="meta")
+                made.weight, made.bias = own.weight, own.bias
+                setattr(parent, name, made)
 
 
 def _memory() -> Any:

@@ -1,4 +1,4 @@
-"""The web UI's API: learn a vector. Pictures come in and go out as base64, names are the library's, never paths."""
+"""The web UI's API: learn a vector, learn to erase. Pictures come in and go out as base64; names are never paths."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConceptSteerError, SettingError
+from ..geom_erasing.request import ErasingRequest
 from ..learn.request import LearnRequest
+from .webui_erasing import erase_queued
 from .webui_learning import Learned, learn_queued
 
 MOST_PICTURES = 100
+MOST_TO_ERASE = 1000
 MOST_BYTES = 64 * 2**20  # of one picture file
 
 
@@ -35,6 +38,28 @@ def learn(body: dict[str, Any]) -> dict[str, Any]:
         except ConceptSteerError as error:
             raise HTTPException(422, str(error).replace(folder + os.sep, "")) from error
     return answer(done)
+
+
+def erase(body: dict[str, Any]) -> dict[str, Any]:
+    """POST: the fields of ErasingRequest, and overwrite and pictures. Answers when it is learned, as `learn`."""
+    from fastapi import HTTPException
+
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            fields = dict(body)
+            overwrite = fields.pop("overwrite", False)
+            if not isinstance(overwrite, bool):
+                raise SettingError(f"overwrite is true or false, not {overwrite!r}.")
+            pictures = _files(fields.pop("pictures", []), "pictures", Path(folder), MOST_TO_ERASE)
+            done = erase_queued(ErasingRequest.of(fields), pictures, overwrite=overwrite)
+        except ConceptSteerError as error:
+            raise HTTPException(422, str(error).replace(folder + os.sep, "")) from error
+    return {
+        "name": done.name,
+        "interrupted": done.interrupted,
+        "summary": done.words(),
+        "images": [_png(picture) for picture in done.pictures],
+    }
 
 
 def asked(body: Mapping[str, Any], folder: Path) -> tuple[LearnRequest, dict[str, Any]]:
@@ -58,9 +83,9 @@ def answer(done: Learned) -> dict[str, Any]:
     }
 
 
-def _files(given: Any, what: str, folder: Path) -> list[Path]:
-    if not isinstance(given, list) or not all(isinstance(text, str) for text in given) or len(given) > MOST_PICTURES:
-        raise SettingError(f"{what} is a list of up to {MOST_PICTURES} pictures in base64.")
+def _files(given: Any, what: str, folder: Path, most: int = MOST_PICTURES) -> list[Path]:
+    if not isinstance(given, list) or not all(isinstance(text, str) for text in given) or len(given) > most:
+        raise SettingError(f"{what} is a list of up to {most} pictures in base64.")
     files = []
     for number, text in enumerate(given, 1):
         try:

@@ -21,7 +21,7 @@ COMMANDS = (
 # imported by nodes that run, or by the web UI's script; they subclass and call the hosts' classes
 HOST_ONLY = (
     "comfy_demo", "comfy_denoiser", "comfy_guidance",
-    "webui_api", "webui_cards", "webui_script", "webui_tab", "webui_xyz",
+    "webui_api", "webui_cards", "webui_page", "webui_script", "webui_tab", "webui_tab_erasing", "webui_xyz",
 )  # fmt: skip
 
 

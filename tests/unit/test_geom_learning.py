@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from concept_steer.errors import LearnError, SettingError
 from concept_steer.geom_erasing import ErasingSettings, Examples, learn_erasing, lora
@@ -96,7 +97,7 @@ def test_a_lora_is_learned_in_full_precision_on_a_model_in_half(tmp_path, exampl
 
 
 def test_diffusers_reads_the_loras_file_and_predicts_the_same(tmp_path, examples):
-    pipe = tiny_sd(tmp_path / "pipe")
+    pipe = tiny_sd(tmp_path / "pipe", layers_per_block=2)  # as Stable Diffusion has it
     own = DiffusersDenoiser(pipe)
     settings = ErasingSettings(bins=1, steps=10, batch=4, rank=2, lora_rate=1e-2, way="masked")
     result = learn_erasing(own, examples, "bar", settings=settings)
@@ -111,6 +112,23 @@ def test_diffusers_reads_the_loras_file_and_predicts_the_same(tmp_path, examples
         pipe.load_lora_weights(str(tmp_path), weight_name=path.name)
         theirs = own.predict(x, 500.0, cond)
     assert torch.allclose(mine, theirs, atol=1e-4) and not torch.allclose(mine, plain, atol=1e-4)
+
+
+def test_a_lora_is_called_by_ldms_names_where_hosts_cannot_count_with_diffusers_and_read_by_both(sd, tmp_path):
+    """AUTOMATIC1111 takes two residual blocks a level for granted; this UNet has one, as the embedded model."""
+    with lora.adapted(sd, 2):
+        state = {name: torch.randn_like(value) for name, value in lora.state_of(sd).items()}
+    path = lora.save(state, tmp_path / "own.safetensors", {})
+    stored = load_file(path)
+    assert "lora_unet_input_blocks_3_0_in_layers_2.lora_down.weight" in stored  # 2 is what halves the picture
+    assert "lora_unet_middle_block_1_transformer_blocks_0_attn2_to_k.lora_up.weight" in stored
+    assert same(lora.load(path, sd), state)
+    older = {}
+    for name, value in state.items():
+        layer, _, part = name.rpartition(".lora_")
+        older[f"lora_unet_{layer.replace('.', '_')}.lora_{'down' if part[0] == 'A' else 'up'}.weight"] = value
+    save_file(older, tmp_path / "older.safetensors")
+    assert same(lora.load(tmp_path / "older.safetensors", sd), state)
 
 
 def test_a_lora_of_another_model_is_refused(sd, tmp_path):

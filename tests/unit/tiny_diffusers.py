@@ -147,7 +147,7 @@ def _scheduler():
     )
 
 
-def tiny_sd(folder: Path):
+def tiny_sd(folder: Path, **changes: Any):
     """A complete StableDiffusionPipeline; pictures are 16 x 16 pixels, latents 8 x 8."""
     from diffusers import StableDiffusionPipeline
 
@@ -157,7 +157,7 @@ def tiny_sd(folder: Path):
         vae=_vae(),
         text_encoder=_clip(tokenizer, TEXT_WIDTH),
         tokenizer=tokenizer,
-        unet=tiny_unet("sd"),
+        unet=tiny_unet("sd", **changes),
         scheduler=_scheduler(),
         safety_checker=None,
         feature_extractor=None,

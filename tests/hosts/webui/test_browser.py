@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 from collections.abc import Iterator
@@ -10,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 
+from concept_steer.geom_erasing import LocationTokens
 from concept_steer.vector import ConceptVector
 
 from .client import Client
 from .pages import SCRIPT, WATCH, Page, folder_of_shots, opened
+from .test_erasing import COUNT, MARKED, marked  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("known")
 
@@ -57,6 +60,38 @@ def test_a_vector_is_learned_with_progress_and_live_preview(page: Page, vectors)
     assert any("step " in text for text in bars) and pictures > 0, bars
     found = ConceptVector.load(vectors / "woman of the page.safetensors")
     assert found.family == "demo" and found.info["method"] == "score"
+
+
+def test_erasing_is_learned_on_the_page_from_pictures_and_their_captions(page: Page, base, marked, tmp_path):  # noqa: F811
+    for number, sent in enumerate(marked):
+        (tmp_path / f"{number}.png").write_bytes(base64.b64decode(sent))
+        (tmp_path / f"{number}.txt").write_text("a doctor", encoding="utf-8")
+    page.tab("Concept Steer")
+    page.inner_tab("Learn erasing")
+    page.page.set_input_files("#concept_steer_erase_files input[type=file]", sorted(tmp_path.iterdir()))
+    page.wait_for("concept_steer_erase_files", "9")
+    page.choose("concept_steer_erase_detector", "demo-watermark")
+    page.write("concept_steer_erase_name", "of-the-page")
+    page.check("concept_steer_erase_overwrite")
+    page.number("concept_steer_erase_steps", 12)
+    page.page.evaluate(WATCH.replace("#concept_steer_results", "#concept_steer_erase_results"))
+    page.page.click("#concept_steer_erase_start")
+    page.page.wait_for_selector("#concept_steer_erase_results .livePreview img", state="attached")
+    page.shoot("erasing")
+    said = page.wait_for("concept_steer_erase_said", "Saved: embeddings/of-the-page.safetensors.")
+    assert (
+        f"'watermark' was found in {MARKED} of {COUNT} pictures" in said
+        and "of-the-page in the negative prompt" in said
+    )
+    page.page.wait_for_selector("#concept_steer_erase_gallery img")
+    page.page.mouse.wheel(0, -5000)
+    page.shoot("erased")
+    bars, pictures = page.page.evaluate("() => [window.bars, window.pictures]")
+    assert any("step " in text for text in bars) and pictures > 0, bars
+    assert LocationTokens.load(base / "embeddings" / "of-the-page.safetensors").concept == "watermark"
+    page.write("concept_steer_erase_name", "../outside")
+    page.page.click("#concept_steer_erase_start")
+    assert "cannot be the name" in page.wait_for("concept_steer_erase_said", "outside")
 
 
 def test_interrupt_on_the_page_keeps_the_best_so_far(page: Page, vectors):

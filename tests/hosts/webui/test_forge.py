@@ -25,10 +25,20 @@ from .test_browser import (  # noqa: F401
     test_a_click_on_a_card_puts_its_tag_into_the_prompt_and_the_picture_is_steered,
     test_a_published_table_is_imported,
     test_a_vector_is_learned_with_progress_and_live_preview,
+    test_erasing_is_learned_on_the_page_from_pictures_and_their_captions,
     test_interrupt_on_the_page_keeps_the_best_so_far,
     test_the_accordion_steers_and_a_picture_s_settings_are_pasted_back,
     test_the_library_shows_all_that_a_file_says,
     test_what_is_wrong_is_said_on_the_page,
+)
+from .test_erasing import (  # noqa: F401
+    marked,
+    peft,
+    test_a_lora_is_learned_and_acts_by_the_stock_tag,
+    test_interrupt_keeps_what_is_learned,
+    test_the_loras_stock_tag_draws_what_the_same_weights_in_the_checkpoint_draw,
+    test_the_same_pictures_give_the_tokens_that_diffusers_gives,
+    test_tokens_are_learned_saved_and_act_in_the_next_negative_prompt,
 )
 from .test_parity import assert_equal, denoiser, given, settings_of  # noqa: F401
 from .test_server_steering import (  # noqa: F401

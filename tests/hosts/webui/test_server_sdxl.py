@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from concept_steer.geom_erasing import LocationTokens
 from concept_steer.vector import ConceptVector
 
 from . import small_sdxl
 from .client import Refused
+from .test_erasing import ERASE, QUICK, marked, peft  # noqa: F401
 from .test_server_steering import HIRES
 
 STEER = {"rows": [{"vector": "for-sdxl"}]}
@@ -71,3 +73,21 @@ def test_learning_needs_no_download_for_its_live_preview(client, known):
     assert (vector.family, vector.channels) == (small_sdxl.FAMILY, small_sdxl.CHANNELS)
     rows = {"rows": [{"vector": "learned-sdxl"}]}
     assert client.draw(rows).pictures != client.draw().pictures
+
+
+@pytest.mark.parametrize("way", ["tokens", "masked LoRA"])
+def test_erasing_is_learned_through_sgms_conditioner_and_acts(client, base, peft, marked, way):  # noqa: F811
+    """The gradient reaches the tokens: more steps give other ones."""
+    body = {**QUICK, "way": way, "size": 128, "rank": 4, "pictures": marked, "name": "no-mark-sdxl"}
+    assert "'watermark' was found in" in client.call(ERASE, body)["summary"]
+    plain = client.draw().pictures
+    if way == "tokens":
+        file = base / "embeddings" / "no-mark-sdxl.safetensors"
+        first = LocationTokens.load(file).places["clip_l"]
+        client.call(ERASE, {**body, "steps": 8})
+        assert float((LocationTokens.load(file).places["clip_l"] - first).abs().max()) > 1e-4
+        assert client.draw(negative_prompt="no-mark-sdxl").pictures != plain
+    else:
+        client.call("/sdapi/v1/refresh-loras", {})
+        assert client.draw(prompt="a doctor <lora:no-mark-sdxl:1>").pictures != plain
+    assert client.draw().pictures == plain

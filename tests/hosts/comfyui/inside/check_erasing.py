@@ -12,6 +12,7 @@ import check_families
 import comfy.sd
 import comfy.sdxl_clip
 import comfy.supported_models
+import comfy.utils
 import folder_paths
 import torch
 from bench import call, demo, different, raises, same, sample
@@ -254,11 +255,21 @@ def every_layer_of_the_lora_has_diffusers_name() -> str:
     denoiser = _denoiser()
     names = denoiser.diffusers_names()
     assert len(set(names.values())) == len(names)
+    _comfyui_calls_them_the_same(denoiser)
     with torch.inference_mode(False), torch.no_grad(), lora.adapted(denoiser, 2):
         found = {key.rpartition(".lora_")[0] for key in lora.state_of(denoiser)}
     wanted = {name for name in names.values() if name.endswith(lora.TARGETS)}
     assert found == wanted and any("conv1" in name for name in found) and any("attn2.to_k" in name for name in found)
     return f"{len(found)} layers"
+
+
+def _comfyui_calls_them_the_same(denoiser: ComfyDenoiser) -> None:
+    table = comfy.utils.unet_to_diffusers(denoiser.model.model.model_config.unet_config)
+    weights = {name.removesuffix(".weight") for name in denoiser.unet.state_dict() if name.endswith(".weight")}
+    theirs = {own.removesuffix(".weight"): name.removesuffix(".weight") for name, own in table.items()}
+    theirs = {own: name for own, name in theirs.items() if own in weights and "label_emb" not in own}
+    ours = {own: name for own, name in denoiser.diffusers_names().items() if own in weights}
+    assert ours == theirs, set(ours.items()) ^ set(theirs.items())
 
 
 def tokens_and_a_lora_are_learned_together() -> str:
@@ -301,6 +312,7 @@ def the_layers_of_sd_and_sdxl_are_trained_and_loaded_alike() -> str:
     for name, (make, settings) in UNETS.items():
         model = check_families._patcher(make({**check_families.SMALL, **ATTENTION, **settings}), {})
         denoiser, clip = ComfyDenoiser(model, size=64), check_families.FakeClip(64)
+        _comfyui_calls_them_the_same(denoiser)
         x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(2))
         embeds, pooled = clip.encode_from_tokens("good", return_pooled=True)
         with torch.inference_mode(False), torch.no_grad():
