@@ -9,11 +9,14 @@ from typing import Any
 from .evaluate import add_out, command_line, names
 from .evaluate_safety import shard
 from .help import Commands, command, positive
-from .models import DTYPES, load_checkpoint
+from .models import DTYPES
 from .output import ready_folder
 
+MARKS = "watermark,qr,text"
 WAYS = "none,named,negative_prompt,sld_strong,geom_tokens,geom_lora,masked_lora,h_space,gated"
 OPTIONS = (
+    "checkpoint",
+    "marks",
     "data",
     "style",
     "ablation",
@@ -48,6 +51,18 @@ def add_erasing(commands: Commands, common: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ablation", type=names, help="also parts (name, places, weights, bins) or boxes (worse ones, masked), or both"
     )
+    parser.add_argument(
+        "--marks",
+        type=names,
+        default=names(MARKS),
+        help=f"to erase, together; one at a time: only it (default: {MARKS})",
+    )
+    parser.add_argument(
+        "--checkpoint",
+        default="demo",
+        metavar="FILE",
+        help="'demo', or a model of the same world, such as the SD-like twin (demo.train --layout sd)",
+    )
     parser.add_argument("--ways", type=names, default=names(WAYS), help=f"default: {WAYS}")
     parser.add_argument("--count", type=positive, default=1024, help="pictures a way (default: 1024)")
     parser.add_argument("--steps", type=positive, default=12, help="DDIM steps (default: 12)")
@@ -64,14 +79,18 @@ def add_erasing(commands: Commands, common: argparse.ArgumentParser) -> None:
 def _erasing(args: argparse.Namespace) -> int:
     if unknown := [name for name in args.ablation or () if name not in ("parts", "boxes")]:
         args.parser.error(f"--ablation is parts or boxes, not {unknown[0]}")
+    if unknown := [name for name in args.marks if name not in MARKS.split(",")]:
+        args.parser.error(f"--marks are of {MARKS}, not {unknown[0]}")
     out = ready_folder(args.out)
     from ..evaluate import erasing, erasing_ablation, erasing_report
     from ..evaluate.erasing_data import Build
+    from ..evaluate.fairness import load_model
 
-    denoiser, teacher = (load_checkpoint("demo", "cpu", kind) for kind in (args.dtype, "float32"))
+    denoiser, teacher = (load_model(args.checkpoint, kind) for kind in (args.dtype, "float32"))
     measure = erasing.Measure(
         out, denoiser, teacher, Build(args.data), erasing.chosen_ways(args.ways), args.count, args.steps,
         args.guidance, args.batch, erasing.Effort(tokens=args.token_steps, lora=args.lora_steps),
+        tuple(args.marks),
     )  # fmt: skip
     erasing.prepare(measure, _say)
     if args.prepare:
@@ -85,7 +104,8 @@ def _erasing(args: argparse.Namespace) -> int:
     for name in args.ablation or ():
         rows += erasing_ablation.ABLATIONS[name](measure, _say)
     told = argparse.Namespace(**{**vars(args), "data": args.data.name, "style": args.style and args.style.name})
-    about = {"model": f"demo ({denoiser.checkpoint_hash[:10]}), {args.dtype}"}
+    told.checkpoint = Path(args.checkpoint).name
+    about = {"model": f"{told.checkpoint} ({denoiser.checkpoint_hash[:10]}), {args.dtype}"}
     written = erasing_report.report(measure, command_line(told, "erasing", *OPTIONS), about, rows)
     print("Written: " + ", ".join(str(path) for path in written))
     return 0

@@ -47,6 +47,7 @@ WAYS = {
     "sld_strong": f"Safe Latent Diffusion, strong, told '{TEXT}'",
     "geom_tokens": "Geom-Erasing, model removal: location tokens alone, in the negative prompt",
     "geom_lora": "Geom-Erasing, data removal: tokens and a LoRA, the tokens in the negative prompt",
+    "plain_lora": "fine-tuning on the same pictures without any of this; no words",
     "masked_lora": "ours: a LoRA that learns from everything but the covered cells; no words",
     "h_space": "a vector in h-space for each mark, learned from pictures with and without it, at -1",
     "gated": "the same vectors, only where h leans towards them",
@@ -79,6 +80,17 @@ class Measure:
     guidance: float = 2.0
     batch: int = 32
     effort: Effort = field(default_factory=Effort)
+    marks: tuple[str, ...] = CONCEPTS  # that are painted on what is learned from, and erased together
+
+    @property
+    def concept(self) -> str:
+        """What they are called."""
+        return SPOKEN[self.marks[0]] if len(self.marks) == 1 else MARK
+
+    @property
+    def only(self) -> dict[str, list[str]]:
+        """For the record of what was kept, where it is not all of them."""
+        return {} if self.marks == CONCEPTS else {"marks": list(self.marks)}
 
     @cached_property
     def rows(self) -> tuple[PromptRow, ...]:
@@ -93,8 +105,8 @@ class Measure:
     @cached_property
     def learned(self) -> Examples:
         """A share of them spoiled, as the localiser sees them."""
-        given, captions, _ = spoiled(self.build, self.count, self.effort.learned, CONCEPTS, SHARE)
-        return examples(self.teacher, given, captions, found_boxes(given, CONCEPTS))
+        given, captions, _ = spoiled(self.build, self.count, self.effort.learned, self.marks, SHARE)
+        return examples(self.teacher, given, captions, found_boxes(given, self.marks))
 
 
 class MarksEye:
@@ -149,7 +161,7 @@ def trained(
 
     def make() -> dict[str, str]:
         result = learn_erasing(
-            measure.teacher, learned or measure.learned, MARK, name=f"no-{name}", settings=settings,
+            measure.teacher, learned or measure.learned, measure.concept, name=f"no-{name}", settings=settings,
             autocast=torch.bfloat16, checkpoint=folder / f"{name}.checkpoint",
             progress=lambda step, steps, loss, now: say(f"{name}: {step} of {steps}") if step % 100 == 0 else None,
         )  # fmt: skip
@@ -160,7 +172,8 @@ def trained(
         return {"words": result.summary()}
 
     folder.mkdir(parents=True, exist_ok=True)
-    Parts(folder, {"checkpoint": measure.teacher.checkpoint_hash, **vars(settings)}).get(name, make)
+    told = {"checkpoint": measure.teacher.checkpoint_hash, **vars(settings), **measure.only}
+    Parts(folder, told).get(name, make)
     return (
         LocationTokens.load(tokens) if tokens.is_file() else None,
         load_file(weights) if weights.is_file() else None,
@@ -174,7 +187,7 @@ def with_lora(state: Mapping[str, Tensor], rank: int) -> Callable[[Denoiser], Ab
 def vectors(measure: Measure, say: Say) -> list[ConceptVector]:
     """One for each mark, learned by contrast from pictures with and without it."""
     found, e = [], measure.effort
-    for place, concept in enumerate(CONCEPTS):
+    for place, concept in enumerate(measure.marks):
         path = measure.out / LEARNED / f"h-{concept}.safetensors"
         if not path.is_file():
             say(f"vector of {concept}")
@@ -206,8 +219,9 @@ def draws(measure: Measure, say: Say) -> dict[str, Draw]:
             assert tokens is not None
             inside = {"inside": with_lora(state, rank)} if state else {}
             made[name] = Way(negative=tokens.name, embeddings=(tokens,), **inside)  # type: ignore[arg-type]
-        elif name == "masked_lora":
-            _, state = trained(measure, name, ErasingSettings(steps=e.lora, rank=e.rank, way="masked"), say)
+        elif name in ("plain_lora", "masked_lora"):
+            kind: Any = name.removesuffix("_lora")
+            _, state = trained(measure, name, ErasingSettings(steps=e.lora, rank=e.rank, way=kind), say)
             made[name] = Way(inside=with_lora(state or {}, e.rank))
         elif name in ("h_space", "gated"):
             operator: Any = "add" if name == "h_space" else "gated"
@@ -234,6 +248,7 @@ def draw(measure: Measure, shard: tuple[int, int] = (0, 1), say: Say = print) ->
         "steps": measure.steps,
         "batch": measure.batch,
         **vars(measure.effort),
+        **measure.only,
     }
     Parts(measure.out / "erasing", told).get("settings", dict)
     return draw_all(measure.job, measure.denoiser, MarksEye(), draws(measure, say), shard=shard, say=say)

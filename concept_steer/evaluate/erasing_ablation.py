@@ -65,8 +65,8 @@ def drawn(measure: Measure, kept: Parts, group: str, name: str, way: Way, count:
 def fine_tuning(measure: Measure, style: Build, say: Say, count: int = 256) -> list[Row]:
     """A LoRA on pictures of another style, of which some carry a mark: plain, told where, and masked."""
     e = measure.effort
-    given, captions, _ = spoiled(style, 0, min(e.learned, 600), CONCEPTS, SHARE)
-    learned = examples(measure.teacher, given, captions, found_boxes(given, CONCEPTS))
+    given, captions, _ = spoiled(style, 0, min(e.learned, 600), measure.marks, SHARE)
+    learned = examples(measure.teacher, given, captions, found_boxes(given, measure.marks))
     kept = _parts(measure)
     rows = [drawn(measure, kept, "fine-tuning", "before", Way(), count)]
     for name in ("plain", "told", "masked"):
@@ -128,5 +128,6 @@ def _parts(measure: Measure) -> Parts:
         "steps": measure.steps,
         "guidance": measure.guidance,
         "effort": json.loads(json.dumps(vars(measure.effort))),
+        **measure.only,
     }
     return Parts(Path(measure.out) / "erasing-ablation", told)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import pictures
 from ..statistics import correlation, frechet, wilson
-from .erasing import LEARNED, MARK, SHARE, WAYS, Measure, reference
+from .erasing import LEARNED, SHARE, WAYS, Measure, reference
 from .erasing_ablation import Row
 from .erasing_data import CONCEPTS
 from .fairness_drawing import Block, read_block
@@ -135,13 +135,18 @@ def _training(measure: Measure) -> str:
 
 def _about(measure: Measure, command: str, about: Mapping[str, str]) -> str:
     told = "; ".join(f"{key}: {value}" for key, value in about.items())
+    marks = (
+        f"one of the marks {', '.join(measure.marks)}, where the embedded localiser sees them; they are erased "
+        f"together, as {measure.concept!r}. "
+        if len(measure.marks) > 1
+        else f"the mark {measure.concept!r}, where the embedded localiser sees it; the others are there to compare. "
+    )
     return (
         f"{told}. {measure.count} captions of clean pictures that no training saw, one seed each, the same for every "
         f"way; {measure.steps} DDIM steps, guidance {measure.guidance:g} (stronger guidance paints fewer marks). ICR: "
         "share of the pictures in which the judges see the mark; intervals are 95 % (Wilson). Fréchet distance: of the "
         "judges' features (480) to the clean pictures themselves, seen through the VAE; its interval is of the drawn "
-        f"pictures. Learned on {measure.effort.learned} other pictures, {SHARE:.0%} of which carry one of the three "
-        f"marks, where the embedded localiser sees them; all three are erased together, as {MARK!r}. "
+        f"pictures. Learned on {measure.effort.learned} other pictures, {SHARE:.0%} of which carry {marks}"
         f"\n\nMeasured again by `{command}`."
     )
 

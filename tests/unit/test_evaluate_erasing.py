@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -74,6 +75,14 @@ def test_worse_boxes_are_worse_and_still_in_the_picture():
     near, far = jittered(boxes, 0.1), jittered(boxes, 0.5)
     assert overlap(boxes, boxes) == 1.0 > overlap(near, boxes) > overlap(far, boxes) > 0
     assert all(0 <= low < 1 for some in far for box in some for low in box[:2]) and far[1] == []
+
+
+def test_a_single_mark_is_painted_found_and_named_and_its_record_is_another(measure):
+    own = replace(measure, marks=("qr",))
+    assert (own.concept, measure.concept) == ("qr code", "mark")
+    given, _, boxes = spoiled(own.build, own.count, own.effort.learned, own.marks, erasing.SHARE)
+    assert own.learned.boxes == found_boxes(given, ("qr",)) and len(own.learned.spoiled) == sum(map(bool, boxes))
+    assert own.only == {"marks": ["qr"]} and measure.only == {}
 
 
 def test_the_table_has_every_way_with_its_shares_and_is_not_drawn_again(measure):
