@@ -12,7 +12,7 @@ from PIL import Image
 
 from ..denoiser import Denoiser
 from ..errors import SettingError
-from ..learn.request import MOST_PIXELS, lines_of
+from ..learn.request import MOST_PIXELS, check_types, in_range, lines_of, request_of
 from ..learn.watch import PREVIEWS, Watch
 from ..library import safe_name
 from ..safety.detectors import Detector
@@ -64,10 +64,7 @@ class ErasingRequest:
     size: int = 0
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value, kind = getattr(self, field.name), type(field.default)
-            if type(value) is not kind and not (kind is float and type(value) is int):
-                raise SettingError(f"{field.name} is {value!r}; it must be of the type {kind.__name__}.")
+        check_types(self)
         if self.detector not in KNOWN:
             raise SettingError(f"There is no detector {self.detector!r}: choose one of {', '.join(KNOWN)}.")
         if self.way not in WAYS:
@@ -76,16 +73,12 @@ class ErasingRequest:
             ("threshold", 0.05, 1), ("bins", 1, 8), ("steps", 1, MOST_STEPS), ("batch", 1, MOST_BATCH),
             ("rank", 1, 256), ("seed", 0, 2**31 - 1), ("size", 0, MOST_PIXELS),
         ):  # fmt: skip
-            if not low <= getattr(self, name) <= high:
-                raise SettingError(f"{name} is {getattr(self, name)}; it must lie between {low} and {high}.")
+            in_range(name, getattr(self, name), low, high)
 
     @staticmethod
     def of(fields: Mapping[str, Any]) -> ErasingRequest:
         """From what came over a web API. Errors: SettingError, which names what is unknown or of the wrong type."""
-        known = {field.name for field in dataclasses.fields(ErasingRequest)}
-        if unknown := sorted(set(fields) - known):
-            raise SettingError(f"Unknown: {', '.join(map(str, unknown))}. Known are {', '.join(sorted(known))}.")
-        return ErasingRequest(**fields)
+        return request_of(ErasingRequest, fields)
 
     @property
     def settings(self) -> ErasingSettings:

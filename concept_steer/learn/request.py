@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -28,6 +28,7 @@ METHODS = {  # key: in words
 STEPS = {"score": 50, PICTURES: 100, "self-discovery": 50}
 MOST_STEPS, MOST_EXAMPLES, MOST_PIXELS = 5000, 1000, 2048
 RECIPE_BATCH = 8  # pictures a step, as published
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -50,24 +51,18 @@ class LearnRequest:
     spatial: bool = False
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value, kind = getattr(self, field.name), type(field.default)
-            if type(value) is not kind:
-                raise SettingError(f"{field.name} is {value!r}; it must be of the type {kind.__name__}.")
+        check_types(self)
         if self.method not in METHODS:
             raise SettingError(f"There is no method {self.method!r} to learn by: choose one of {', '.join(METHODS)}.")
-        _in_range("steps", self.steps, 0, MOST_STEPS)
-        _in_range("examples", self.examples, 2, MOST_EXAMPLES)
-        _in_range("seed", self.seed, 0, 2**31 - 1)
-        _in_range("size", self.size, 0, MOST_PIXELS)
+        in_range("steps", self.steps, 0, MOST_STEPS)
+        in_range("examples", self.examples, 2, MOST_EXAMPLES)
+        in_range("seed", self.seed, 0, 2**31 - 1)
+        in_range("size", self.size, 0, MOST_PIXELS)
 
     @staticmethod
     def of(fields: Mapping[str, Any]) -> LearnRequest:
         """From what came over a web API. Errors: SettingError, which names what is unknown or of the wrong type."""
-        known = {field.name for field in dataclasses.fields(LearnRequest)}
-        if unknown := sorted(set(fields) - known):
-            raise SettingError(f"Unknown: {', '.join(map(str, unknown))}. Known are {', '.join(sorted(known))}.")
-        return LearnRequest(**fields)
+        return request_of(LearnRequest, fields)
 
     def pairs(self) -> list[tuple[str, str]]:
         return pairs_of(self.neutral, self.positive)
@@ -130,6 +125,23 @@ def pairs_of(neutral: str, positive: str) -> list[tuple[str, str]]:
     return [(low[i % len(low)], high[i % len(high)]) for i in range(count)]
 
 
-def _in_range(name: str, value: int, low: int, high: int) -> None:
+def request_of(kind: Callable[..., R], fields: Mapping[str, Any]) -> R:
+    """A request (a dataclass) from what came over a web API. Errors: SettingError, which names what is unknown."""
+    known = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    if unknown := sorted(set(fields) - known):
+        raise SettingError(f"Unknown: {', '.join(map(str, unknown))}. Known are {', '.join(sorted(known))}.")
+    return kind(**fields)
+
+
+def check_types(request: Any) -> None:
+    """Every field is of the type of its default; a whole number is a number too. Errors: SettingError."""
+    for field in dataclasses.fields(request):
+        value, kind = getattr(request, field.name), type(field.default)
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            raise SettingError(f"{field.name} is {value!r}; it must be of the type {kind.__name__}.")
+
+
+def in_range(name: str, value: float, low: float, high: float) -> None:
+    """Errors: SettingError."""
     if not low <= value <= high:
         raise SettingError(f"{name} is {value}; it must lie between {low} and {high}.")
