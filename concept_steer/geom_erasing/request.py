@@ -150,8 +150,8 @@ class Erasing:
             some = [picture(number) for number in range(count)[part]]
             self.found += detect(some, captions[part], [self.judge], names[part])
             for one in some:
-                one.thumbnail((SMALL, SMALL), Image.Resampling.LANCZOS)
-            self.small += some
+                self.small.append(one.copy())
+                self.small[-1].thumbnail((SMALL, SMALL), Image.Resampling.LANCZOS)
             self.watch.at(LOOKING * len(self.found) / count, words=f"looked at {len(self.found)} of {count}")
         return self.found
 

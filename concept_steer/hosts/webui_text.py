@@ -19,6 +19,7 @@ from ..errors import LearnError
 from .token_text import Piece, Vocabulary, pieces
 
 SDXL = ("clip_l", "clip_g")
+NOT_ITS_OWN = object()
 
 
 class WebuiText:
@@ -86,7 +87,7 @@ def engines_of(sd_model: Any) -> dict[str, Any]:
     if not found or any(not hasattr(engine, "tokenize") for engine in found.values()):
         raise LearnError(
             f"The text encoder of this model ({type(sd_model).__name__}) cannot learn tokens here: choose an SD 1.x, "
-            "SD 2.x or SDXL checkpoint, or the way that needs no words."
+            "SD 2.x or SDXL checkpoint."
         )
     return found
 
@@ -122,12 +123,12 @@ def _table(engine: Any) -> Tensor:
 @contextmanager
 def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
     """Inside, an object has another attribute than its class or itself gives."""
-    before = owner.__dict__.get(name, _replaced)
+    before = owner.__dict__.get(name, NOT_ITS_OWN)
     setattr(owner, name, value)
     try:
         yield
     finally:
-        if before is _replaced:
+        if before is NOT_ITS_OWN:
             delattr(owner, name)
         else:
             setattr(owner, name, before)
