@@ -26,6 +26,17 @@ ENDINGS = tuple(f".{target}" for target in TARGETS)
 State = dict[str, Tensor]
 
 
+def check_installed() -> None:
+    """Errors: LearnError where what trains a LoRA is missing; it says what to install."""
+    try:
+        import peft  # noqa: F401
+    except ImportError as error:
+        raise LearnError(
+            f"Training a LoRA needs {error.name}: pip install 'concept-steer[erase]', or with the Python that runs the "
+            "host pip install peft accelerate (ComfyUI), pip install --no-deps peft==0.13.2 (AUTOMATIC1111)."
+        ) from error
+
+
 @contextmanager
 def adapted(
     denoiser: Any,
@@ -41,13 +52,9 @@ def adapted(
     Its weights want gradients, the UNet's own do not; afterwards everything is as it was. ComfyUI's UNet is replaced
     by a copy in fp32 for as long. Errors: LearnError without peft, or in a host whose model cannot be trained.
     """
-    try:
-        from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
-    except ImportError as error:
-        raise LearnError(
-            f"Training a LoRA needs {error.name}: pip install 'concept-steer[erase]', or with the Python that runs the "
-            "host pip install peft accelerate (ComfyUI), pip install --no-deps peft==0.13.2 (AUTOMATIC1111)."
-        ) from error
+    check_installed()
+    from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+
     diffusers = hasattr(denoiser.unet, "add_adapter")
     if not diffusers and not hasattr(denoiser, "trainable"):
         raise LearnError("The UNet of this host cannot be trained: learn a LoRA on the command line.")
@@ -112,7 +119,7 @@ def kohya(state: Mapping[str, Tensor]) -> State:
     """peft's weights in kohya's layout: lora_unet_*.lora_down.weight, lora_up.weight and alpha.
 
     AUTOMATIC1111 finds a layer by diffusers' name only where a level has two residual blocks, as in SD and SDXL: other
-    UNets' layers are called as ldm calls them, which all readers know too.
+    UNets' layers are called as ldm calls them, which all hosts know, and diffusers for SDXL.
     """
     named: State = {}
     blocks = _blocks(state)

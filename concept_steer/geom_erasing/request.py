@@ -104,14 +104,16 @@ class ErasingRequest:
 class Erasing:
     """One piece of work: look, learn, show, keep. folders: where EMBEDDINGS and LORAS are kept, None to keep nothing.
 
-    Errors: LearnError, SafetyError, SettingError: for a detector that is not installed, and for a name that may not be
-    one or is taken, which is better known before minutes of learning.
+    Errors: LearnError, SafetyError, SettingError: for a detector or peft that is not installed, and for a name that may
+    not be one or is taken, which is better known before minutes of learning.
     """
 
     def __init__(
         self, request: ErasingRequest, watch: Watch, folders: Mapping[str, Path] | None, overwrite: bool = False
     ) -> None:
         self.request, self.watch, self.overwrite = request, watch, overwrite
+        if request.way != TOKENS:
+            lora.check_installed()
         self.judge: Detector = detector_of(request.detector, request.threshold)
         self.own = str(getattr(self.judge, "concept", request.detector))  # the detector's word
         self.concept = request.concept.strip() or self.own

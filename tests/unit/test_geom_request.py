@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,14 @@ def test_a_taken_name_is_said_before_any_work_and_without_the_machines_folders(t
         work(tmp_path, way=way)
     assert str(tmp_path) not in str(error.value)
     assert work(tmp_path, overwrite=True, way=way).paths.keys() == kinds and not work(way=way).paths
+
+
+def test_a_lora_without_peft_is_refused_before_any_work_and_tokens_do_without(monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    for way in (BOTH, MASKED):
+        with pytest.raises(LearnError, match="needs peft: pip install"):
+            work(way=way)
+    assert work(way=TOKENS).name == "no-watermark"
 
 
 def test_pictures_are_opened_one_by_one_and_only_thumbnails_stay():
