@@ -51,11 +51,12 @@ def options_are_kept(pytestconfig: pytest.Config) -> Iterator[None]:
     running = pytestconfig.stash.get(RUNNING, None)
     if running is not None:
         now = running.options()
-        pairs = {key: (value, now.get(key)) for key, value in running.first_options.items()}
         # no hash of the checkpoint is "" before the web UI has loaded one and None afterwards
-        changed = {
-            key: pair for key, pair in pairs.items() if len({"" if one is None else str(one) for one in pair}) > 1
-        }
+        before, after = (
+            {key: "" if value is None else value for key, value in some.items()}
+            for some in (running.first_options, now)
+        )
+        changed = {key: (value, after.get(key, "")) for key, value in before.items() if after.get(key, "") != value}
         assert not changed, f"options that stayed changed, as (before, now): {changed}"
 
 
